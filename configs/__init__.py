@@ -1,0 +1,1 @@
+"""The values of every key, as Hydra groups."""

@@ -1,0 +1,72 @@
+"""A training loop whose subject is the gradient. The public names are loaded when they are first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.data import Split
+    from trainer.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DivergedError,
+        GradientError,
+        ObjectiveError,
+        TrainerError,
+    )
+    from trainer.gradient.objective import Cotangents, Sum, supervised
+    from trainer.gradient.report import Report
+    from trainer.loop import Trainer
+    from trainer.settings import Settings
+    from trainer.step import Step
+
+__version__ = "0.1.0"
+
+# Importing trainer must not import torch: `trainer --help` answers at once.
+_HOMES = {
+    "Step": "trainer.step",
+    "Trainer": "trainer.loop",
+    "Split": "trainer.data",
+    "Sum": "trainer.gradient.objective",
+    "Cotangents": "trainer.gradient.objective",
+    "supervised": "trainer.gradient.objective",
+    "Report": "trainer.gradient.report",
+    "Settings": "trainer.settings",
+    "TrainerError": "trainer.errors",
+    "ConfigError": "trainer.errors",
+    "DataError": "trainer.errors",
+    "DivergedError": "trainer.errors",
+    "CheckpointError": "trainer.errors",
+    "ObjectiveError": "trainer.errors",
+    "GradientError": "trainer.errors",
+}
+
+__all__ = [  # noqa: F822 (they are found by __getattr__)
+    "CheckpointError",
+    "ConfigError",
+    "Cotangents",
+    "DataError",
+    "DivergedError",
+    "GradientError",
+    "ObjectiveError",
+    "Report",
+    "Settings",
+    "Split",
+    "Step",
+    "Sum",
+    "Trainer",
+    "TrainerError",
+    "supervised",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trainer' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

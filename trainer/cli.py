@@ -1,0 +1,170 @@
+"""The command `trainer VERB [overrides]`: takes the verb, lets Hydra compose the rest, and answers with an exit code.
+
+A wrong word is one sentence on stderr and exit code 2, before torch is imported.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import help
+from trainer.errors import ConfigError, TrainerError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+USERS_OWN = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0 done, 1 the user's own exception, else that of the error's class."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _main(words)
+        sys.stdout.flush()
+    except TrainerError as error:
+        say(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C.", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads any more. Without this, Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE
+    return code
+
+
+def say(error: BaseException, before: str = "") -> None:
+    """One sentence on stderr."""
+    print(before + " ".join(str(error).split()), file=sys.stderr)
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(help.overview())
+        return 0
+    if words[0] == "--version":
+        from trainer import __version__
+
+        print(__version__)
+        return 0
+    if words[0] in ("--shell-completion", "-sc", "--hydra-help", "--info", "-i"):
+        words = ["train", *words]
+    verb, *rest = words
+    if verb not in help.VERBS:
+        if "=" in verb or verb.startswith("-"):
+            raise ConfigError(f"the verb is missing before '{verb}': write trainer train {' '.join(words)}")
+        raise ConfigError(f"there is no verb '{verb}': {did_you_mean(verb, help.VERBS)}")
+    parser = help.parser(verb)
+    options = parser.parse_intermixed_args(rest)
+    if options.help:
+        print(help.about(verb, options.config_dir))
+        return 0
+    if verb == "recipes":
+        if options.overrides:
+            raise ConfigError(f"recipes takes no '{options.overrides[0]}': it lists all recipes.")
+        if options.config_dir is not None and not options.config_dir.is_dir():
+            raise ConfigError(f"--config-dir {options.config_dir}: there is no such folder.")
+        print("\n".join(help.table(help.recipe_lines(options.config_dir))))
+        return 0
+    return _with_hydra(verb, parser, options)
+
+
+def _with_hydra(verb: str, parser: Any, options: Any) -> int:
+    chosen = [
+        f"--{name.replace('_', '-')}"
+        for name in ("run", "multirun", "cfg", "info", "shell_completion")
+        if getattr(options, name)
+    ]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} do not go together: give one of them.")
+    for flag in ("resolve", "package"):
+        if getattr(options, flag) and not options.cfg:
+            raise ConfigError(f"--{flag} goes with --cfg: add --cfg job.")
+    from trainer.config import hydra_app
+
+    name = options.config_name or "train"
+    with hydra_app.opened(options.config_dir) as (hydra, loader):
+        if options.hydra_help:
+            hydra.hydra_help(config_name=name, args_parser=parser, args=options)
+        elif options.cfg:
+            hydra_app.show(hydra, loader, name, options)
+        elif options.info:
+            hydra_app.inform(hydra, name, options)
+        elif options.shell_completion:
+            hydra_app.complete(hydra, name, options.overrides, tuple(help.VERBS))
+        else:
+            jobs = Jobs(verb, options.config_dir)
+            loader.check = jobs.check
+            if hydra_app.sweeps(loader, name, options.overrides, options.multirun):
+                hydra_app.multirun(hydra, name, options.overrides, jobs.run)
+            else:
+                overrides = [*options.overrides, *(hydra_app.WRITE_NOTHING if verb == "eval" else ())]
+                config = hydra_app.compose(loader, name, overrides)
+                jobs.check(config)
+                hydra_app.run(loader, config, jobs.run)
+            return jobs.code
+    return 0
+
+
+class Jobs:
+    """The jobs of one command: one, or those of a sweep. One that fails is said at once and hides no other."""
+
+    def __init__(self, verb: str, config_dir: Path | None) -> None:
+        self.verb = verb
+        self.config_dir = config_dir
+        self.code = 0
+
+    def check(self, config: "DictConfig") -> None:
+        """Everything that can be said of a config before torch is imported. Raises ConfigError."""
+        from trainer.config import hydra_app
+
+        self._read(hydra_app.composed(config))
+
+    def _read(self, values: dict[str, Any]) -> tuple[Any, Any]:
+        from trainer.config import build, catalogue, checks, schema
+        from trainer.config.door import Door
+
+        config = schema.read(values)
+        checks.check(config, self.verb, catalogue.options("recipe", self.config_dir))
+        folders = (self.config_dir, self.config_dir / "recipe") if self.config_dir else ()
+        door = Door(config.words.trust, folders)
+        build.judge(config, door)
+        return config, door
+
+    def run(self, composed: "DictConfig") -> float:
+        """What Hydra calls for each job. Returns the metric that `best` names, NaN where there is none."""
+        from trainer.config import hydra_app
+
+        folder, number, overrides = hydra_app.this_job()
+        prefix = "" if number is None else f"job {number}: "
+        if number is not None:
+            print(f"{prefix}{' '.join(overrides)}", flush=True)
+        try:
+            config, door = self._read(hydra_app.values(composed))
+            from trainer import verbs
+
+            value, code = verbs.train(config, door, folder) if self.verb == "train" else verbs.evaluate(config, door)
+            self.code = self.code or code
+            if number is not None:
+                print(f"{prefix}{config.settings.best.metric} {value:g}", flush=True)
+            return value
+        except TrainerError as error:
+            say(error, prefix)
+            self.code = self.code or error.exit_code
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            from trainer.config.traceback import print_users
+
+            if number is not None:
+                print(f"{prefix}failed", file=sys.stderr)
+            print_users(error)
+            self.code = self.code or USERS_OWN
+        return math.nan

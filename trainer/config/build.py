@@ -1,0 +1,164 @@
+"""From a checked config to a Trainer: the one place where what the config names is made, in a fixed order."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config.door import Door
+from trainer.config.schema import RunConfig
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+
+def places(config: RunConfig) -> Iterator[tuple[Mapping[str, Any], str, str]]:
+    """Every node that is built, with its key and the kind of its place."""
+    kinds = {"model": "model", "objective": "objective", "optimizer": "optimizer", "schedule": "schedule"}
+    for name, node in config.nodes.items():
+        if node is not None:
+            yield node, "data.source" if name == "source" else name, kinds.get(name, "source" if name == "source" else "other")
+    for name, node in config.others.items():
+        yield node, f"loggers.others.{name}", "other"
+
+
+def judge(config: RunConfig, door: Door) -> None:
+    """Refuse what the door refuses by name, before torch is imported or anything else runs."""
+    for node, key, kind in places(config):
+        door.judge(node, key, kind)
+
+
+def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer":
+    """A Trainer with all that the config names, seeded before the model is made: `seed` determines the start.
+
+    Args:
+        config: from `schema.read`.
+        door: what finds and calls the `_target_`s.
+        folder: where the run writes; None writes nothing.
+    """
+    import torch
+
+    from trainer.gradient.objective import supervised
+    from trainer.loop import Trainer
+    from trainer.optim.groups import parameter_groups
+
+    judge(config, door)
+    settings = config.settings
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    made = {key: (node, kind) for node, key, kind in places(config)}
+
+    def make(key: str, *first: Any) -> Any:
+        if key not in made:
+            return None
+        node, kind = made[key]
+        return door.make(node, key, kind, *first)
+
+    model = make("model")
+    if isinstance(model, torch.nn.Module):
+        # What the optimizer is given must be what the run trains: on its device, in its precision.
+        model.to(device=_device(settings.device), dtype=torch.float64 if settings.precision == "fp64" else None)
+    objective = make("objective")
+    if isinstance(objective, torch.nn.modules.loss._Loss) or _is_torch_function(objective):
+        objective = supervised(objective)
+    train, evaluation = split(make("data.source"))
+    groups = parameter_groups(model, config.groups)
+    optimizer = make("optimizer", groups if config.groups else groups[0]["params"])
+    schedule = _schedule(config, door, optimizer, train)
+    return Trainer(
+        model,
+        objective,
+        optimizer,
+        data=train,
+        evaluation_data=evaluation,
+        metrics=make("metrics"),
+        schedule=schedule,
+        folder=folder,
+        loggers=tuple(make(f"loggers.others.{name}") for name in config.others),
+        recipe=config.words.recipe,
+        settings=settings,
+        config=dict(config.plain),
+    )
+
+
+def split(source: Any) -> tuple[Any, Any]:
+    """What a data source returned as (training data, held-out data or None)."""
+    from trainer.data import Split
+
+    if isinstance(source, Split):
+        return source.train, source.evaluation
+    if isinstance(source, tuple | list | Mapping) or source is None:
+        raise ConfigError(
+            f"data.source returned {type(source).__name__}: return Split(train, evaluation) of trainer.data, each a tuple "
+            "of tensors, a dataset, an iterable or a DataLoader (evaluation may be None)."
+        )
+    return source, None
+
+
+def _schedule(config: RunConfig, door: Door, optimizer: Any, train: Any) -> Any:
+    node = config.nodes["schedule"]
+    if node is None:
+        return None
+    if str(node["_target_"]).startswith("torch."):
+        return door.make(node, "schedule", "schedule", optimizer)
+    target = door.find(node["_target_"], "schedule", "schedule")
+    if node.get("total") is None and "total" in inspect.signature(target).parameters:
+        node = {**node, "total": ticks(config, str(node.get("clock", "steps")), train)}
+    return door.make(node, "schedule", "schedule")
+
+
+def ticks(config: RunConfig, clock: str, train: Any) -> int:
+    """How many ticks of a clock the limits allow. Raises ConfigError where they do not tell."""
+    limits = config.settings.limits
+    bounds = [getattr(limits, clock, None)]
+    if limits.epochs is not None:
+        bounds.append(_of_epochs(config, clock, limits.epochs, train))
+    known = [int(bound) for bound in bounds if bound is not None]
+    if not known:
+        raise ConfigError(
+            f"schedule.total is not set, and the limits do not tell how many {clock} there will be: set schedule.total"
+            f"{f', or limits.{clock}' if clock in ('steps', 'rows') else ''}."
+        )
+    return max(1, min(known))
+
+
+def _of_epochs(config: RunConfig, clock: str, epochs: int, train: Any) -> int | None:
+    """How many ticks so many epochs make, where the data tells its length. A window ends with its epoch."""
+    data = config.settings.data
+    first = train[0] if isinstance(train, tuple) else train
+    if not hasattr(first, "__len__"):
+        return None
+    try:
+        length = len(first)
+    except TypeError:  # a DataLoader over an iterable dataset has __len__ and no length
+        return None
+    cut = hasattr(train, "batch_sampler")  # a DataLoader: it is cut already, and counts micro-batches
+    if clock == "rows":
+        rows = len(train.dataset) if cut else length
+        kept = rows - rows % data.batch_size if data.drop_last and not cut else rows
+        return epochs * kept
+    if clock != "steps":
+        return None
+    whole = length if cut else length / data.batch_size
+    micro_batches = math.floor(whole) if data.drop_last and not cut else math.ceil(whole)
+    return epochs * math.ceil(micro_batches / config.settings.gradient.accumulation_steps)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise ConfigError(f"device={name!r} is not possible: write auto, cpu, cuda, cuda:1 or mps.") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _is_torch_function(objective: Any) -> bool:
+    inner = getattr(objective, "func", objective)
+    return getattr(inner, "__module__", "") == "torch.nn.functional"

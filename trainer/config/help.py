@@ -1,0 +1,151 @@
+"""What --help and `trainer recipes` say, made from the settings and the config files alone."""
+
+import argparse
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trainer.config import catalogue, schema
+from trainer.errors import ConfigError, did_you_mean
+from trainer.settings import Settings, fields_of, section_of
+
+VERBS = {
+    "train": "train a recipe",
+    "eval": "evaluate a checkpoint (init=PATH or run=NAME) or a fresh model",
+    "recipes": "list the recipes with a line each",
+}
+
+_EXAMPLES = {
+    "train": (
+        "trainer train recipe=digits",
+        "trainer train recipe=digits data.batch_size=16 gradient.accumulation_steps=4 gradient.clip_norm=1.0",
+        "trainer train recipe=digits optimizer=sgd optimizer.lr=0.1 run=mine     # again: goes on",
+        "trainer train recipe=digits -m optimizer.lr=1e-3,1e-2 seed=0,1          # a sweep of four",
+        "trainer train recipe=mine --config-dir .                                # ./recipe/mine.yaml and its .py",
+        "trainer train recipe=digits --cfg job                                   # only shows the config",
+    ),
+    "eval": ("trainer eval recipe=digits run=mine", "trainer eval recipe=digits init=model.safetensors"),
+    "recipes": ("trainer recipes", "trainer recipes --config-dir ."),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are ConfigErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        unknown, _, rest = message.partition(": ")
+        if unknown == "unrecognized arguments":
+            raise ConfigError(f"there is no flag '{rest.split()[0]}': {did_you_mean(rest.split()[0], flags)}")
+        raise ConfigError(f"{message}.")
+
+
+def parser(verb: str | None) -> Parser:
+    """The flags of Hydra's command line, in our words: Hydra's own parser cannot be built on Python 3.14."""
+    made = Parser(prog=f"trainer {verb}" if verb else "trainer", add_help=False, allow_abbrev=False)
+    made.add_argument("overrides", nargs="*", help="key=value, +key=value, ~key or group=option")
+    made.add_argument("--help", "-h", action="store_true", help="this text")
+    made.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder with recipes and groups of your own")
+    if verb == "recipes":
+        return made
+    made.add_argument("--config-name", "-cn", metavar="NAME", help="another root config than train.yaml")
+    made.add_argument("--multirun", "-m", action="store_true", help="run each combination of key=a,b key=c,d")
+    made.add_argument("--cfg", "-c", choices=["job", "hydra", "all"], help="show the config and stop")
+    made.add_argument("--resolve", action="store_true", help="with --cfg: interpolations replaced by their values")
+    made.add_argument("--package", "-p", metavar="KEY", help="with --cfg: this part only")
+    made.add_argument(
+        "--info",
+        "-i",
+        nargs="?",
+        const="all",
+        choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"],
+        help="show what Hydra makes of the command",
+    )
+    made.add_argument("--run", "-r", action="store_true", help="run one job (this is what happens without a flag)")
+    made.add_argument(
+        "--shell-completion", "-sc", action="store_true", help='tab completion: eval "$(trainer -sc install=bash)"'
+    )
+    made.add_argument("--hydra-help", action="store_true", help="what Hydra says of itself")
+    return made
+
+
+def overview() -> str:
+    """`trainer --help`."""
+    return "\n".join(
+        (
+            "usage: trainer VERB [overrides]      flags and examples: trainer VERB --help",
+            "",
+            *_section("verbs", VERBS.items()),
+            *_section("recipes (recipe=NAME)", recipe_lines(None)),
+            *_keys(None),
+        )
+    )
+
+
+def about(verb: str, config_dir: Path | None) -> str:
+    """`trainer VERB --help`."""
+    flags = [
+        (", ".join(action.option_strings) + (f" {action.metavar}" if action.metavar else ""), str(action.help))
+        for action in parser(verb)._actions
+        if action.option_strings
+    ]
+    text = [
+        f"trainer {verb}: {VERBS[verb]}",
+        "",
+        f"usage: trainer {verb} [overrides] [flags]",
+        *(f"  {example}" for example in _EXAMPLES[verb]),
+        "",
+        *_section("flags", flags),
+    ]
+    if verb != "recipes":
+        text += [*_section("recipes (recipe=NAME)", recipe_lines(config_dir)), *_keys(config_dir)]
+    return "\n".join(text)
+
+
+def recipe_lines(config_dir: Path | None) -> list[tuple[str, str]]:
+    """Each recipe with its description."""
+    return [(name, catalogue.described(path)) for name, path in sorted(catalogue.options("recipe", config_dir).items())]
+
+
+def table(rows: list[tuple[str, str]]) -> list[str]:
+    """Two columns; the second begins where the longest of the first ends, at most at column 44."""
+    width = min(42, max((len(name) for name, _ in rows), default=0))
+    return [f"  {name:<{width}}  {line}".rstrip() for name, line in rows]
+
+
+def _section(title: str, rows: Any) -> list[str]:
+    return [f"{title}:", *table(list(rows)), ""]
+
+
+def _keys(config_dir: Path | None) -> list[str]:
+    groups = [
+        (f"{name}=", " | ".join(sorted(catalogue.options(name, config_dir))))
+        for name in catalogue.groups(config_dir)
+        if name not in ("recipe", "local")
+    ]
+    nodes = [*schema.NODES.items(), ("optimizer.groups", schema.GROUPS), ("data.source", schema.SOURCE)]
+    nodes.append(("loggers.others", schema.OTHERS))
+    return [
+        *_section("groups (whole sets of values)", groups),
+        *_section("what is built (a _target_ and its arguments)", nodes),
+        *_section("settings (name=default)", [*_settings(schema.Words, ""), *_settings(Settings, "")]),
+    ]
+
+
+def _settings(settings: type, where: str) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    values = dataclasses.asdict(settings())
+    for name, field in fields_of(settings).items():
+        section = section_of(settings, name)
+        if section is not None:
+            rows += _settings(section, f"{name}.")
+        elif not (settings is schema.Words and name in ("recipe", "description")):
+            options = [str(option) for option in typing.get_args(field.annotation) if isinstance(option, str)]
+            listed = f" [{', '.join(options)}]" if options and not any(o in field.description for o in options) else ""
+            rows.append((f"{where}{name}={_shown(values[name])}", f"{field.description}{listed}"))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

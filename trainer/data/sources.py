@@ -1,0 +1,206 @@
+"""Where micro-batches come from. A source owns its order or says that it does not.
+
+Tensors in memory are permuted once an epoch and split: no item is ever collated. A dataset's items go through torch's
+DataLoader, in the trainer's order. A DataLoader or another iterable is iterated as it is.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from trainer.data.order import mixed, order
+from trainer.errors import ConfigError, DataError
+from trainer.settings import DataSettings
+
+# Rows are gathered by pieces of about this many bytes, so that a large data set is not copied whole.
+_PIECE = 64 << 20
+
+
+class Split(NamedTuple):
+    """What a recipe's data source returns: training data and, where there is some, held-out data.
+
+    Each is a tuple of tensors with equal first dimensions, a dataset, a DataLoader or another iterable of micro-batches.
+    """
+
+    train: Any
+    evaluation: Any = None
+
+
+class Source(Protocol):
+    """Micro-batches by epoch and position."""
+
+    owns_order: bool
+    """Whether (seed, epoch, position) alone tells the micro-batches."""
+
+    def length(self) -> int | None:
+        """Micro-batches in an epoch, where that is known."""
+
+    def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[Any]:
+        """The epoch's micro-batches from `position` (in micro-batches) on."""
+
+
+class TensorSource:
+    """Tensors in memory, row by row; a micro-batch is a tuple of their rows."""
+
+    owns_order = True
+
+    def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool, drop_last: bool) -> None:
+        self.tensors = tuple(tensors)
+        self.rows = len(self.tensors[0])
+        if any(len(tensor) != self.rows for tensor in self.tensors):
+            lengths = ", ".join(str(len(tensor)) for tensor in self.tensors)
+            raise DataError(f"the data's tensors have {lengths} rows: they must have equally many.")
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._rows = self.rows - self.rows % batch_size if drop_last else self.rows
+        if not self._rows:
+            raise DataError(_empty(self.rows, batch_size, drop_last))
+        per_row = sum(tensor[:1].numel() * tensor.element_size() for tensor in self.tensors)
+        self._piece = max(1, _PIECE // max(1, per_row * batch_size)) * batch_size
+
+    def length(self) -> int:
+        return -(-self._rows // self._batch_size)
+
+    def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[tuple[Tensor, ...]]:
+        start = position * self._batch_size
+        if not self._shuffle:
+            return self._split(tensor[start : self._rows] for tensor in self.tensors)
+        rows = order(seed, epoch, start, self.rows)[: self._rows - start]
+        if len(rows) <= self._piece:
+            return self._split(tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors)
+        return self._piecewise(rows)
+
+    def _piecewise(self, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        for piece in rows.split(self._piece):
+            yield from self._split(tensor.index_select(0, piece.to(tensor.device)) for tensor in self.tensors)
+
+    def _split(self, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(tensor.split(self._batch_size) for tensor in tensors), strict=True)
+
+    def placed(self, device: torch.device, dtype: torch.dtype | None) -> "TensorSource":
+        """The same rows on a device, floating-point ones in a dtype: moved once instead of batch by batch."""
+        placed = object.__new__(TensorSource)
+        placed.__dict__.update(self.__dict__)
+        placed.tensors = tuple(place(tensor, device, dtype) for tensor in self.tensors)
+        return placed
+
+
+class DatasetSource:
+    """A map-style dataset, its items collated by torch's DataLoader in the trainer's order."""
+
+    owns_order = True
+
+    def __init__(self, dataset: Dataset[Any], settings: DataSettings, batch_size: int, shuffle: bool, drop_last: bool) -> None:
+        self._dataset = dataset
+        self._settings = settings
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._total = len(dataset)  # type: ignore[arg-type]
+        self._rows = self._total - self._total % batch_size if drop_last else self._total
+        if not self._rows:
+            raise DataError(_empty(self._total, batch_size, drop_last))
+
+    def length(self) -> int:
+        return -(-self._rows // self._batch_size)
+
+    def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[Any]:
+        start = position * self._batch_size
+        rows = order(seed, epoch, start, self._total, self._shuffle)[: self._rows - start]
+        # The loader draws its workers' seeds from a generator: given one, it leaves the global RNG alone.
+        generator = torch.Generator()
+        generator.manual_seed(mixed(seed, epoch, 1))
+        batches = [batch.tolist() for batch in rows.split(self._batch_size)]
+        return iter(
+            DataLoader(self._dataset, batch_sampler=batches, num_workers=self._settings.workers, generator=generator)
+        )
+
+
+class IterableSource:
+    """Micro-batches in an order that is not the trainer's. Going on inside an epoch replays what lies behind."""
+
+    owns_order = False
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        if iter(iterable) is iterable:
+            raise ConfigError(
+                f"the data is {type(iterable).__name__}, which can be walked once only: give something that starts anew "
+                "for every epoch (a list, a DataLoader, a class with __iter__)."
+            )
+        self._iterable = iterable
+
+    def length(self) -> int | None:
+        try:
+            return len(self._iterable)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[Any]:
+        sampler = getattr(self._iterable, "sampler", None)
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        iterator = iter(self._iterable)
+        for _ in range(position):
+            next(iterator, None)
+        return iterator
+
+
+def source_of(data: Any, settings: DataSettings, evaluation: bool = False) -> Source:
+    """The source of whatever data it is. Evaluation data keeps its own order and loses no row.
+
+    Raises ConfigError for data of a kind that cannot be iterated, DataError for data without a row.
+    """
+    batch_size = (settings.evaluation_batch_size or settings.batch_size) if evaluation else settings.batch_size
+    shuffle = settings.shuffle and not evaluation
+    drop_last = settings.drop_last and not evaluation
+    if isinstance(data, _SOURCES):
+        return data  # type: ignore[return-value]
+    if type(data) is TensorDataset:
+        data = data.tensors
+    if isinstance(data, Tensor):
+        data = (data,)
+    if isinstance(data, tuple) and data and all(isinstance(item, Tensor) for item in data):
+        return TensorSource(data, batch_size, shuffle, drop_last)
+    if isinstance(data, IterableDataset):
+        loader = DataLoader(data, batch_size=batch_size, drop_last=drop_last, num_workers=settings.workers)
+        return IterableSource(loader)
+    if isinstance(data, DataLoader):
+        return IterableSource(data)
+    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data)):
+        return DatasetSource(data, settings, batch_size, shuffle, drop_last)
+    if hasattr(data, "__iter__"):
+        return IterableSource(data)
+    raise ConfigError(
+        f"the data is {type(data).__name__}: give a tuple of tensors, a dataset, a DataLoader or an iterable of "
+        "micro-batches."
+    )
+
+
+_SOURCES = (TensorSource, DatasetSource, IterableSource)
+
+
+def _is_batches(data: Any) -> bool:
+    """A list of micro-batches, rather than a dataset of rows, is iterated as it is."""
+    return isinstance(data, list | tuple)
+
+
+def _empty(rows: int, batch_size: int, drop_last: bool) -> str:
+    if rows and drop_last:
+        return f"the data has {rows} rows, fewer than batch_size={batch_size}, and drop_last leaves none of them."
+    return "the data has no row."
+
+
+def place(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """A micro-batch on a device, its floating-point tensors in a dtype (None: as they are), whatever its nesting."""
+    if isinstance(value, Tensor):
+        floating = dtype is not None and value.is_floating_point()
+        return value.to(device, dtype if floating else None, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: place(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(place(item, device, dtype) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(place(item, device, dtype) for item in value)
+    return value

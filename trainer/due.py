@@ -1,0 +1,34 @@
+"""What happens every so often: a mark on a clock, looked at after every window without a device read."""
+
+from trainer.gradient.clocks import Clocks
+
+
+class Due:
+    """True once each time the clock passes another multiple of `every`.
+
+    Args:
+        every: ticks between two times; None: never.
+        clock: one of the clocks.
+        at_once: whether the very first tick counts too.
+    """
+
+    def __init__(self, every: int | None, clock: str, at_once: bool = False) -> None:
+        self._every = every
+        self._clock = clock
+        self._next: int | None = None
+        self._at_once = at_once
+
+    def start(self, clocks: Clocks) -> None:
+        """Begin at the clocks as they stand: the next multiple is the first mark."""
+        if self._every is not None:
+            now = clocks.as_dict()[self._clock]
+            self._next = 1 if self._at_once and now == 0 else (now // self._every + 1) * self._every
+
+    def __call__(self, clocks: Clocks) -> bool:
+        if self._next is None or clocks.most(self._clock) < self._next or self._every is None:
+            return False
+        now: int = getattr(clocks.read(), self._clock)
+        if now < self._next:
+            return False
+        self._next = (now // self._every + 1) * self._every
+        return True

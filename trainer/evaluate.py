@@ -1,0 +1,153 @@
+"""Evaluation: the objective and the metrics over held-out rows, and afterwards everything as it was.
+
+The gradient mode is the one asked for; each submodule's train or eval mode, every `.grad` and every generator are bit
+for bit what they were before. Sums are weighed as in training, so the last, shorter micro-batch counts by its weight.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import rng
+from trainer.errors import ConfigError
+from trainer.gradient.explain import explained
+from trainer.gradient.objective import MEAN, Sum, Weigher, terms_of
+from trainer.gradient.precision import autocast
+from trainer.gradient.weights import host_number
+
+_MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "enabled": torch.enable_grad,
+}
+
+Metrics = Callable[[Any, Any], Mapping[str, Sum]] | Mapping[str, Any]
+
+
+class Evaluation:
+    """How a model is evaluated.
+
+    Args:
+        metrics: `metrics(model, micro_batch) -> {name: Sum(total, weight)}`, or a mapping from names to torchmetrics
+            objects (update, compute, reset) which are given (outputs, targets) of (inputs, targets) micro-batches.
+        grad_mode: no_grad, inference_mode or enabled.
+        coefficients: factors of the objective's named terms, for the loss.
+    """
+
+    def __init__(
+        self,
+        objective: Any,
+        metrics: Metrics | None = None,
+        grad_mode: str = "no_grad",
+        coefficients: Mapping[str, float] | None = None,
+        count_rows: Callable[[Any], int] | None = None,
+        precision: str = "fp32",
+        device_type: str = "cpu",
+    ) -> None:
+        if grad_mode not in _MODES:
+            raise ConfigError(f"evaluation.grad_mode={grad_mode!r} is not possible: choose one of {', '.join(_MODES)}.")
+        self.grad_mode = grad_mode
+        self._objective = objective
+        self._metrics = metrics
+        self._coefficients = dict(coefficients or {})
+        self._weigher = Weigher(objective, count_rows)
+        self._autocast = autocast(precision, device_type)
+
+    def __call__(
+        self, model: Any, micro_batches: Iterable[Any], optimizers: Sequence[Any] = ()
+    ) -> tuple[dict[str, float], int]:
+        """The weighted means by name, `loss` first, and how many rows they are of."""
+        terms: dict[str, list[Any]] = {}
+        metrics: dict[str, list[Any]] = {}
+        objects = self._torchmetrics()
+        rows = 0
+        with _left_as_it_was(model, optimizers), _MODES[self.grad_mode](), self._autocast or nullcontext():
+            for metric in objects.values():
+                metric.reset()
+            for micro_batch in micro_batches:
+                rows += self._weigher.rows(micro_batch)
+                try:
+                    self._add_terms(model, micro_batch, terms)
+                    self._add_metrics(model, micro_batch, metrics, objects)
+                except RuntimeError as error:
+                    raise explained(error, model) from error
+            means = {name: _mean(*pair) for name, pair in terms.items()}
+            loss = sum(self._coefficients.get(name, 1.0) * value for name, value in means.items())
+            found = {"loss": loss, **{name: value for name, value in means.items() if name != MEAN}}
+            found.update({name: _mean(*pair) for name, pair in metrics.items()})
+            found.update({name: float(metric.compute()) for name, metric in objects.items()})
+        return found, rows
+
+    def _add_terms(self, model: Any, micro_batch: Any, sums: dict[str, list[Any]]) -> None:
+        for term in terms_of(self._objective(model, micro_batch), self._objective):
+            weight = term.weight if term.weight is not None else self._weigher.mean_weight(term.name, micro_batch)
+            if isinstance(weight, float) and weight == 0.0:
+                continue
+            total = term.number() * weight if term.weight is None else term.number()
+            _accumulate(sums, term.name, total, weight)
+
+    def _add_metrics(
+        self, model: Any, micro_batch: Any, sums: dict[str, list[Any]], objects: Mapping[str, Any]
+    ) -> None:
+        if objects:
+            inputs, targets = micro_batch
+            outputs = model(inputs) if callable(model) else model.forward(inputs)
+            for metric in objects.values():
+                metric.update(outputs, targets)
+        elif callable(self._metrics):
+            for name, answer in self._metrics(model, micro_batch).items():
+                if name == "loss" or not isinstance(answer, Sum):
+                    raise ConfigError(
+                        f"the metric '{name}' is {type(answer).__name__}: return Sum(total, weight) under a name other "
+                        "than loss, so that it can be summed over micro-batches of any size."
+                    )
+                _accumulate(sums, name, host_number(answer.total), host_number(answer.weight))
+
+    def _torchmetrics(self) -> dict[str, Any]:
+        if not isinstance(self._metrics, Mapping):
+            return {}
+        for name, metric in self._metrics.items():
+            if not all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset")):
+                raise ConfigError(
+                    f"metrics['{name}'] is {type(metric).__name__}: a mapping holds torchmetrics objects; for others "
+                    "give a function metrics(model, micro_batch) -> {name: Sum(total, weight)}."
+                )
+        return dict(self._metrics)
+
+
+def _accumulate(sums: dict[str, list[Any]], name: str, total: Any, weight: Any) -> None:
+    if name in sums:
+        sums[name][0] = sums[name][0] + total
+        sums[name][1] = sums[name][1] + weight
+    else:
+        sums[name] = [total, weight]
+
+
+def _mean(total: Any, weight: Any) -> float:
+    weight = float(weight)
+    return float(total) / weight if weight else float("nan")
+
+
+@contextmanager
+def _left_as_it_was(model: Any, optimizers: Sequence[Any]) -> Iterator[None]:
+    """The model in eval mode, optimizers that have modes too (schedule-free ones); afterwards all as it was."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    switched = [o for o in optimizers if callable(getattr(o, "eval", None)) and callable(getattr(o, "train", None))]
+    generators = rng.capture()
+    if modes:
+        model.eval()
+    for optimizer in switched:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        for optimizer in switched:
+            optimizer.train()
+        if modes and modes[0][1]:
+            model.train()  # what a module of the user's does on train() and eval() it does in pairs
+        for module, training in modes:
+            module.training = training
+        rng.restore(generators)

@@ -1,0 +1,85 @@
+"""Norms, the finite check and clipping of gradients that may be sparse, complex, of mixed dtypes or devices.
+
+A norm is taken before anything is clipped and never of clipped values: torch's own clip turns one infinity into
+all-NaN and finite gradients of 1e20 silently into zeros. Numbers are floats on the CPU and tensors elsewhere.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainer import kernels
+from trainer.gradient.report import FREE_READS, Number
+
+# Below this many gradients the squares are added in Python (in double precision), above it in one kernel.
+_FEW = 16
+
+
+def plain(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The numbers in the gradients as dense real tensors: coalesced values of sparse ones, complex viewed as real."""
+    values = []
+    for gradient in gradients:
+        if gradient.layout is not torch.strided:
+            gradient = gradient.coalesce().values()
+        values.append(torch.view_as_real(gradient) if gradient.is_complex() else gradient)
+    return values
+
+
+def groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors by device and dtype, as the foreach kernels want them."""
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(found.values())
+
+
+def norm(gradients: Sequence[Tensor]) -> Number:
+    """The 2-norm of all gradients as one vector, in float32 or wider."""
+    norms: list[Tensor] = []
+    for same in groups(plain(gradients)):
+        wide = [tensor.float() for tensor in same] if same[0].dtype in (torch.bfloat16, torch.float16) else same
+        norms.extend(torch._foreach_norm(wide, 2))
+    if not norms:
+        return 0.0
+    device = next((one.device for one in norms if one.device.type not in FREE_READS), None)
+    if device is not None:
+        return torch.linalg.vector_norm(torch.stack([one.to(device, torch.float64) for one in norms]))
+    if len(norms) <= _FEW:
+        return math.hypot(*(one.item() for one in norms))
+    return torch.linalg.vector_norm(torch.stack([one.double() for one in norms])).item()
+
+
+def nonfinite(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
+    """Set `found` (float32, 0-dim) to exactly 1.0 where any number in the tensors is infinite or NaN."""
+    for same in groups(plain(tensors)):
+        kernels.check_and_scale(same, found, one)
+
+
+def scale(gradients: Sequence[Tensor], factor: Number) -> None:
+    """Multiply all gradients in place, in one pass."""
+    for same in groups(gradients):
+        torch._foreach_mul_(same, factor.to(same[0].device, same[0].dtype) if isinstance(factor, Tensor) else factor)
+
+
+def clip_factor(norm: Number, largest: float) -> Number:
+    """What to multiply the gradient with so that its norm is at most `largest`: min(1, largest / norm).
+
+    Torch divides by norm + 1e-6; here the norm after clipping is the threshold itself.
+    """
+    if isinstance(norm, Tensor):
+        return (largest / norm).clamp(max=1.0)
+    return largest / norm if norm > largest else 1.0
+
+
+def clip_value(gradients: Sequence[Tensor], largest: float) -> None:
+    """Clamp each element (of a complex one: its real and imaginary part) to [-largest, largest], in place."""
+    for same in groups(plain(gradients)):
+        torch._foreach_clamp_max_(same, largest)
+        torch._foreach_clamp_min_(same, -largest)
+
+
+def nonfinite_names(gradients: dict[str, Tensor]) -> list[str]:
+    """The names of the gradients that hold an infinity or a NaN; reads each, so only once something is wrong."""
+    return [name for name, gradient in gradients.items() if not all(bool(v.isfinite().all()) for v in plain([gradient]))]

@@ -1,0 +1,268 @@
+"""What an objective may answer, and how its answer becomes terms that a window can weigh.
+
+An objective maps (model, micro-batch) to what is differentiated and its weight. It answers with
+
+- a scalar tensor: a mean over the micro-batch's rows (or over what its `weight` method counts);
+- `Sum(total, weight)`: a total that is not divided yet, and how much it counts;
+- `Cotangents(outputs, vector, weight)`: outputs of any shape with the vector that backward starts from;
+- a mapping from names to any of these.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.errors import ConfigError, ObjectiveError, did_you_mean
+from trainer.gradient.report import FREE_READS, Number
+from trainer.gradient.weights import Counter, counter_of, first_tensor, host_number
+
+MEAN = "loss"
+"""The name of the one term of an objective that names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A total with its weight: Σ over the micro-batch, not divided.
+
+    Args:
+        total: a scalar tensor.
+        weight: how much the micro-batch counts, not negative: a number, or a 0-dim tensor.
+    """
+
+    total: Tensor
+    weight: Number
+
+
+@dataclass(frozen=True, slots=True)
+class Cotangents:
+    """Outputs that are no scalar, with the vector v of the vector-Jacobian product vᵀJ that is asked for.
+
+    Args:
+        outputs: a tensor of any shape.
+        vector: a tensor of the same shape.
+        weight: as in `Sum`; vᵀJ counts as a total.
+    """
+
+    outputs: Tensor
+    vector: Tensor
+    weight: Number = 1.0
+
+
+Answer = Tensor | Sum | Cotangents
+Outcome = Answer | Mapping[str, Answer]
+
+
+class Objective(Protocol):
+    def __call__(self, model: Any, micro_batch: Any, /) -> Outcome: ...
+
+
+@dataclass(slots=True)
+class Term:
+    """One thing to differentiate: `value` (scalar), or `value` with a `vector` of its shape.
+
+    `weight` is None for a mean whose weight is what the micro-batch counts.
+    """
+
+    name: str
+    value: Tensor
+    weight: Number | None = None
+    vector: Tensor | None = None
+
+    def number(self) -> Number:
+        """The value as the number that a report shows: read on the CPU, without its graph elsewhere."""
+        value = self.value.detach()
+        if self.vector is not None:
+            value = (value * self.vector.detach().to(value).conj()).sum().real
+        return value.item() if value.device.type in FREE_READS else value.reshape(())
+
+
+def terms_of(outcome: Any, objective: Any) -> list[Term]:
+    """The terms of an objective's answer. Raises ObjectiveError where it is none of the four forms."""
+    if isinstance(outcome, Tensor | Sum | Cotangents):
+        return [_term(MEAN, outcome, objective)]
+    if isinstance(outcome, Mapping):
+        if not outcome:
+            raise ObjectiveError(f"{_who(objective)} returned an empty mapping: name at least one term.")
+        return [_term(str(name), answer, objective) for name, answer in outcome.items()]
+    if outcome is None:
+        raise ObjectiveError(
+            f"{_who(objective)} returned None: return the loss (a scalar tensor, Sum(total, weight) or a mapping of "
+            "names to them) and leave backward to the step."
+        )
+    if isinstance(outcome, tuple | list):
+        raise ObjectiveError(
+            f"{_who(objective)} returned a bare {type(outcome).__name__}: write Sum(total, weight) for a total with its weight, "
+            'or {"name": loss, "other": loss} for several terms.'
+        )
+    raise ObjectiveError(
+        f"{_who(objective)} returned {type(outcome).__name__}: return a scalar tensor, Sum(total, weight), "
+        "Cotangents(outputs, vector) or a mapping of names to them."
+    )
+
+
+def _term(name: str, answer: Any, objective: Any) -> Term:
+    if isinstance(answer, Tensor):
+        if answer.dim() and answer.numel() != 1:
+            raise ObjectiveError(
+                f"{_who(objective)} returned a tensor of shape {tuple(answer.shape)} for '{name}': reduce it to a "
+                "scalar, or give the vector that backward starts from: Cotangents(outputs, vector)."
+            )
+        _check_real(name, answer, objective)
+        return Term(name, answer)
+    if isinstance(answer, Sum):
+        if not isinstance(answer.total, Tensor) or answer.total.numel() != 1:
+            raise ObjectiveError(f"{_who(objective)}: the total of '{name}' is no scalar tensor.")
+        _check_real(name, answer.total, objective)
+        return Term(name, answer.total, _weight(name, answer.weight, objective))
+    if isinstance(answer, Cotangents):
+        if answer.outputs.shape != answer.vector.shape:
+            raise ObjectiveError(
+                f"{_who(objective)}: the outputs of '{name}' have shape {tuple(answer.outputs.shape)}, its vector "
+                f"{tuple(answer.vector.shape)}: they must be equal."
+            )
+        return Term(name, answer.outputs, _weight(name, answer.weight, objective), answer.vector)
+    raise ObjectiveError(
+        f"{_who(objective)} returned {type(answer).__name__} for '{name}': return a scalar tensor, "
+        "Sum(total, weight) or Cotangents(outputs, vector)."
+    )
+
+
+def _check_real(name: str, value: Tensor, objective: Any) -> None:
+    if value.is_complex():
+        raise ObjectiveError(f"{_who(objective)} returned a complex number for '{name}': return a real one (abs, .real).")
+
+
+def _weight(name: str, weight: Any, objective: Any) -> Number:
+    number = host_number(weight)
+    if isinstance(number, float) and not 0.0 <= number < math.inf:
+        raise ObjectiveError(f"{_who(objective)}: the weight of '{name}' is {number}: it must be finite, zero or more.")
+    return number
+
+
+def _who(objective: Any) -> str:
+    name = getattr(objective, "__qualname__", None) or type(objective).__qualname__
+    return f"the objective {name}"
+
+
+class Supervised:
+    """The objective of (inputs, targets) pairs and a torch loss: `loss(model(inputs), targets)`.
+
+    Its `weight` is exactly what the loss divides by: elements for MSE, targets that are not ignored for
+    cross-entropy (by class weight where it has some), rows for an unknown loss. Made by `supervised`.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], counter: Counter) -> None:
+        self.loss = loss
+        self.counter = counter
+        self.weight = self._weight
+        # Where every target of a micro-batch may be ignored, the loss's own mean is 0 / 0. On the CPU the weight
+        # is read before and such a micro-batch is left out; elsewhere the total is taken instead of the mean.
+        self._total = counter.total_of(loss)
+
+    def __call__(self, model: Any, micro_batch: Any) -> Answer:
+        inputs, targets = self._pair(micro_batch)
+        outputs = model(inputs) if callable(model) else model.forward(inputs)
+        if self._total is not None and (not self.counter.is_mean or outputs.device.type not in FREE_READS):
+            total = self._total(outputs, targets)
+            return Sum(total if total.dim() == 0 else total.sum(), host_number(self.counter.count(targets, outputs)))
+        return self.loss(outputs, targets)
+
+    def _weight(self, micro_batch: Any) -> Number:
+        """What the loss of this micro-batch divides by."""
+        return host_number(self.counter.count(self._pair(micro_batch)[1], None))
+
+    def tokens(self, micro_batch: Any) -> int:
+        """Targets, for index targets with more than one to a row; 0 elsewhere."""
+        targets = self._pair(micro_batch)[1]
+        return targets.numel() if targets.dim() > 1 and not targets.is_floating_point() else 0
+
+    def _pair(self, micro_batch: Any) -> tuple[Any, Tensor]:
+        try:
+            inputs, targets = micro_batch
+        except (TypeError, ValueError):
+            raise ObjectiveError(
+                f"supervised({_loss_name(self.loss)}) needs micro-batches that are (inputs, targets) pairs, "
+                f"not {type(micro_batch).__name__}: write an objective of your own for others."
+            ) from None
+        return inputs, targets
+
+    def __repr__(self) -> str:
+        return f"supervised({_loss_name(self.loss)}), weighed by {self.counter.what}"
+
+
+def supervised(loss: Callable[..., Tensor]) -> Supervised:
+    """An objective of (inputs, targets) micro-batches and a torch loss, a module or a function.
+
+    The weight of each loss that torch has is known exactly (`trainer.gradient.weights`); any other loss is taken as
+    a mean over rows. A loss with `reduction="sum"` or `"none"` is taken as a total with the same weight.
+    """
+    if isinstance(loss, type):
+        raise ConfigError(f"supervised({loss.__name__}) was given a class: give an instance, {loss.__name__}().")
+    if not callable(loss):
+        raise ConfigError(f"supervised({loss!r}) was given no loss: give a torch loss module or function.")
+    return Supervised(loss, counter_of(loss))
+
+
+def _loss_name(loss: Any) -> str:
+    return getattr(loss, "__name__", None) or type(loss).__name__
+
+
+class Weigher:
+    """How much each micro-batch counts, before its forward where the data alone tells it.
+
+    Args:
+        objective: its methods `weight(micro_batch)` and `tokens(micro_batch)` are used where it has them.
+        count_rows: rows of a micro-batch; None: the first dimension of the first tensor found in it.
+    """
+
+    def __init__(self, objective: Any, count_rows: Callable[[Any], int] | None = None) -> None:
+        self._objective = objective
+        self._declared: Callable[[Any], Any] | None = getattr(objective, "weight", None)
+        if self._declared is not None and not callable(self._declared):
+            raise ConfigError(f"{_who(objective)} has a 'weight' that cannot be called with a micro-batch.")
+        self._tokens: Callable[[Any], int] | None = getattr(objective, "tokens", None)
+        self._count_rows = count_rows
+        self.declares = self._declared is not None
+        self.names_weights = False
+        """Whether the objective tells a weight for each term by name, seen once it was asked."""
+
+    def rows(self, micro_batch: Any) -> int:
+        if self._count_rows is not None:
+            return int(self._count_rows(micro_batch))
+        tensor = micro_batch[0] if type(micro_batch) is tuple else None
+        if not isinstance(tensor, Tensor):
+            tensor = first_tensor(micro_batch)
+        return tensor.shape[0] if tensor.dim() else 1
+
+    def tokens(self, micro_batch: Any) -> int:
+        return 0 if self._tokens is None else int(self._tokens(micro_batch))
+
+    def mean_weight(self, name: str, micro_batch: Any) -> Number:
+        """What a mean named so counts in this micro-batch."""
+        if self._declared is None:
+            return float(self.rows(micro_batch))
+        return self._named(name, self._declared(micro_batch))
+
+    def _named(self, name: str, weight: Any) -> Number:
+        if isinstance(weight, Mapping):
+            self.names_weights = True
+            if name not in weight:
+                raise ObjectiveError(
+                    f"the objective's weight(micro_batch) does not name '{name}': {did_you_mean(name, weight)}"
+                )
+            weight = weight[name]
+        return _weight(name, weight, self._objective)
+
+
+def check_differentiable(term: Term, objective: Any) -> None:
+    """Raises ObjectiveError for a value that no parameter can get a gradient from."""
+    if not term.value.requires_grad:
+        hint = " (gradients are switched off here)" if not torch.is_grad_enabled() else ""
+        raise ObjectiveError(
+            f"{_who(objective)} returned a value for '{term.name}' without a graph{hint}: no parameter that requires "
+            "a gradient took part, or it was cut by detach(), item(), argmax() or no_grad()."
+        )

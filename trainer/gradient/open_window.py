@@ -1,0 +1,309 @@
+"""The sums of one window while it is open: weights, divisors, the seeds of backward, and what the report will say.
+
+One window's gradient is (Σ ∇total) / (Σ weight), each term with its own Σ weight. As the window is drawn whole, its
+summed weight is known before the first backward wherever the data alone tells it; backward then starts from a seed that
+makes every gradient the true one. Elsewhere the seed is a power of two near what is expected, and `leftover` is what
+the gradient must still be divided by.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.distributed.ranks import Ranks
+from trainer.errors import ConfigError, ObjectiveError
+from trainer.gradient.objective import Term, Weigher
+from trainer.gradient.report import Number
+from trainer.gradient.weights import host_number, power_of_two
+from trainer.settings import GradientSettings
+
+# Seeds by (value, dtype, device): a window's seeds repeat from window to window.
+_SEEDS: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+_MOST_SEEDS = 256
+
+
+@dataclass(slots=True)
+class TermSum:
+    """One term's sums over the window.
+
+    - `divisor`: what its seeds were divided by; `exact` where that is the whole window's denominator.
+    - `kind`: terms of one kind have equal weights in every micro-batch, so one leftover serves them all.
+    - `values`: (micro-batch, value, what the value counts) of each micro-batch that weighs something.
+    - `apart`: gradients by parameter name, where this term's leftover differs from that of the others.
+    """
+
+    divisor: Number
+    exact: bool
+    kind: str
+    weight: Number = 0.0
+    values: list[tuple[int, Number, Number]] = field(default_factory=list)
+    apart: dict[str, Tensor] | None = None
+
+
+class OpenWindow:
+    """From the first micro-batch to `finish`.
+
+    Args:
+        drawn: the whole window; None where micro-batches come one by one.
+        expected: the last window's denominators by term, the guess where nothing better is known.
+    """
+
+    def __init__(
+        self,
+        settings: GradientSettings,
+        weigher: Weigher,
+        ranks: Ranks,
+        drawn: Sequence[Any] | None,
+        expected: Mapping[str, float],
+    ) -> None:
+        self.drawn = drawn
+        self.entered = 0
+        self.micro_batches = 0
+        self.rows = 0
+        self.tokens = 0
+        self.terms: dict[str, TermSum] = {}
+        self._settings = settings
+        self._weigher = weigher
+        self._ranks = ranks
+        self._expected = expected
+        self._weights: dict[str, list[Number]] = {}
+
+    def join(self, drawn: Sequence[Any] | None) -> None:
+        """Go on with the window that was given before, or, after a restart, with the same window drawn again."""
+        if drawn is None or drawn is self.drawn:
+            return
+        if self.drawn is not None or len(drawn) < self.micro_batches:
+            raise ConfigError(
+                f"a window of {len(drawn)} micro-batches was given while another is open with {self.micro_batches}: "
+                "call finish() or cancel() first."
+            )
+        self.drawn = drawn
+
+    def enter(self) -> None:
+        """A micro-batch begins; `count` ends it."""
+        self.check_whole()
+        self.entered += 1
+
+    def check_whole(self) -> None:
+        """Raises ConfigError where a micro-batch began and never ended: part of its gradient may be in the sum."""
+        if self.entered != self.micro_batches:
+            raise ConfigError(
+                f"micro-batch {self.entered} of this window raised, and its gradient is there in part or not at all: "
+                "call cancel() before anything else."
+            )
+
+    def close(self) -> None:
+        """A report that is kept must keep no data and no gradients alive."""
+        self.drawn = None
+        for sums in self.terms.values():
+            sums.apart = None
+
+    def count(self, micro_batch: Any) -> None:
+        """One more micro-batch went through forward and backward."""
+        self.micro_batches += 1
+        self.rows += self._weigher.rows(micro_batch)
+        self.tokens += self._weigher.tokens(micro_batch)
+
+    def seed(self, term: Term, micro_batch: Any, alone: bool) -> Tensor | None:
+        """What backward starts from at this term, of the shape of its value; None where it counts nothing.
+
+        `alone` says that the objective has answered with this one term.
+        """
+        weight = self._weight(term, micro_batch)
+        sums = self.terms.get(term.name)
+        if sums is None:
+            sums = self.terms[term.name] = self._start(term, weight, alone)
+        sums.weight = sums.weight + weight
+        if isinstance(weight, float) and weight == 0.0:
+            return None  # a mean over nothing is 0 / 0 and must not reach a parameter
+        if self._settings.reduction == "micro_batches":
+            factor: Number = 1.0 if term.weight is None else 1.0 / _not_zero(weight)
+        else:
+            factor = weight if term.weight is None else 1.0
+        sums.values.append((self.micro_batches, term.number(), factor))
+        number = self._settings.coefficients.get(term.name, 1.0) * self._ranks.world_size * factor / sums.divisor
+        seed = _seed(number, term.value)
+        return seed if term.vector is None else term.vector.to(term.value) * seed
+
+    def leftover(self) -> Number:
+        """What the accumulated gradient must still be divided by, leaving out the terms that were held apart."""
+        together = [name for name, sums in self.terms.items() if sums.apart is None]
+        if not together:
+            return 1.0
+        leftover = self._leftover(self.terms[together[0]])
+        for name in together[1:]:
+            other = self._leftover(self.terms[name])
+            if isinstance(leftover, float) and isinstance(other, float) and not math.isclose(leftover, other):
+                raise ObjectiveError(
+                    f"the weights of '{together[0]}' and '{name}' came out otherwise than was told before the first "
+                    "backward: name every term in every micro-batch (Sum(total, 0.0) where it counts nothing), and let "
+                    "the objective's weight(micro_batch) tell what it then returns."
+                )
+        return leftover
+
+    def apart(self) -> list[tuple[dict[str, Tensor], Number]]:
+        """The gradients that were held apart, each with its own leftover."""
+        return [(sums.apart, self._leftover(sums)) for sums in self.terms.values() if sums.apart is not None]
+
+    def weighs_nothing(self) -> bool:
+        """Whether every weight is zero, as far as the host knows."""
+        return all(isinstance(sums.weight, float) and sums.weight == 0.0 for sums in self.terms.values())
+
+    def weighs_nothing_on(self, device: torch.device) -> Tensor | None:
+        """The same as a flag (float32, 0 or 1) where the weights lie on a device; None where the host knows better."""
+        weights = [sums.weight for sums in self.terms.values()]
+        if not any(isinstance(weight, Tensor) for weight in weights):
+            return None
+        if any(isinstance(weight, float) and weight != 0.0 for weight in weights):
+            return None
+        zeros = [(weight == 0).to(device, torch.float32) for weight in weights if isinstance(weight, Tensor)]
+        return torch.stack(zeros).min()
+
+    def losses(self) -> list[tuple[str, int, Number]]:
+        """(term, micro-batch, value) of all that weighs something, term by term."""
+        return [(name, index, value) for name, sums in self.terms.items() for index, value, _ in sums.values]
+
+    def weights(self) -> dict[str, Number]:
+        return {name: sums.weight for name, sums in self.terms.items()}
+
+    def denominators(self) -> dict[str, float]:
+        """What each term was divided by, where the host knows it: the next window's guess."""
+        found = {name: self._denominator(sums) for name, sums in self.terms.items()}
+        return {name: value for name, value in found.items() if isinstance(value, float) and value > 0.0}
+
+    def means(self) -> dict[str, float]:
+        """Each term under the window's reduction, read from the device."""
+        return {name: self._mean(sums) for name, sums in self.terms.items()}
+
+    def _mean(self, sums: TermSum) -> float:
+        denominator = float(self._ranks.sum_weight(self._denominator(sums)))
+        values = _as_floats([value for _, value, _ in sums.values])
+        factors = _as_floats([factor for _, _, factor in sums.values])
+        total = sum(value * factor for value, factor in zip(values, factors, strict=True))
+        return total / denominator if denominator else float("nan")
+
+    def _denominator(self, sums: TermSum) -> Number:
+        if self._settings.reduction == "mean":
+            return sums.weight
+        return float(self.micro_batches) if self._settings.reduction == "micro_batches" else 1.0
+
+    def _weight(self, term: Term, micro_batch: Any) -> Number:
+        if term.weight is not None:
+            return term.weight
+        known = self._weights.get(term.name)
+        if known is not None and self.drawn is not None and self.micro_batches < len(self.drawn):
+            if self.drawn[self.micro_batches] is micro_batch:
+                return known[self.micro_batches]
+        return self._weigher.mean_weight(term.name, micro_batch)
+
+    def _start(self, term: Term, weight: Number, alone: bool) -> TermSum:
+        divisor, exact = self._divisor(term, weight)
+        # What an objective's one `weight` counts, or the rows, is the same for all its means; micro-batches are for all.
+        means = term.weight is None and not self._weigher.names_weights
+        kind = "shared" if means or self._settings.reduction == "micro_batches" else term.name
+        base = next((other for other in self.terms.values() if other.apart is None), None)
+        if base is None:
+            together = exact or alone or kind == "shared"
+        else:
+            together = (exact and base.exact) or (kind == base.kind and not base.exact)
+            if together and not exact:
+                divisor = base.divisor
+        if self._settings.reduction == "mean" and self.micro_batches:
+            together = False  # it was not in the first micro-batch, so its Σ weight is another
+        return TermSum(divisor, exact, kind, apart=None if together else {})
+
+    def _divisor(self, term: Term, weight: Number) -> tuple[Number, bool]:
+        reduction = self._settings.reduction
+        if reduction == "sum":
+            return 1.0, True
+        length = None if self.drawn is None else len(self.drawn)
+        if reduction == "micro_batches":
+            if length is not None:
+                return float(length), True
+            return power_of_two(self._expected.get(term.name, 1.0)), False
+        if self.drawn is not None and (term.weight is None or self._weigher.declares):
+            if term.weight is None:
+                weights = self._weights[term.name] = [self._weigher.mean_weight(term.name, m) for m in self.drawn]
+            else:
+                weights = [self._weigher.mean_weight(term.name, m) for m in self.drawn]
+            total = self._ranks.sum_weight(sum(weights[1:], weights[0]))
+            return _not_zero(total), True
+        if length == 1:
+            return _not_zero(self._ranks.sum_weight(weight)), True
+        if length is not None:
+            return power_of_two(weight * length), False
+        return power_of_two(self._expected.get(term.name, weight)), False
+
+    def _leftover(self, sums: TermSum) -> Number:
+        denominator = self._ranks.sum_weight(self._denominator(sums))
+        if isinstance(denominator, Tensor):
+            return torch.where(denominator == 0, 1.0, denominator / sums.divisor)
+        return denominator / sums.divisor if denominator else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and tensors only; the micro-batches themselves come from the data's position."""
+        return {
+            "micro_batches": self.micro_batches,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "terms": {
+                name: {
+                    "divisor": float(sums.divisor),
+                    "exact": sums.exact,
+                    "kind": sums.kind,
+                    "weight": float(sums.weight),
+                    "values": [[index, float(value), float(factor)] for index, value, factor in sums.values],
+                    "apart": None if sums.apart is None else {n: t.clone() for n, t in sums.apart.items()},
+                }
+                for name, sums in self.terms.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.entered = self.micro_batches = state["micro_batches"]
+        self.rows = state["rows"]
+        self.tokens = state["tokens"]
+        self.terms = {
+            name: TermSum(
+                sums["divisor"],
+                sums["exact"],
+                sums["kind"],
+                sums["weight"],
+                [(index, value, factor) for index, value, factor in sums["values"]],
+                None if sums["apart"] is None else {n: t.clone() for n, t in sums["apart"].items()},
+            )
+            for name, sums in state["terms"].items()
+        }
+
+
+def _not_zero(divisor: Number) -> Number:
+    if isinstance(divisor, Tensor):
+        return torch.where(divisor == 0, 1.0, divisor)
+    return divisor or 1.0
+
+
+def _seed(number: Number, value: Tensor) -> Tensor:
+    """A tensor of value's dtype and device and, for a scalar, its shape."""
+    if isinstance(number, Tensor):
+        return number.to(value.device, value.dtype).reshape(value.shape if value.numel() == 1 else ())
+    shape = value.shape if value.numel() == 1 else torch.Size(())
+    key = (number, value.dtype, value.device)
+    seed = _SEEDS.get(key)
+    if seed is None or seed._version:  # a backward that changes what it is given in place must not change the next one
+        if len(_SEEDS) >= _MOST_SEEDS:
+            _SEEDS.clear()
+        seed = _SEEDS[key] = torch.full((), number, dtype=value.dtype, device=value.device)
+    return seed if not shape else seed.reshape(shape)
+
+
+def _as_floats(numbers: list[Number]) -> list[float]:
+    """Numbers on the host, by one read of the device where they lie there."""
+    if any(isinstance(number, Tensor) for number in numbers):
+        device = next(number.device for number in numbers if isinstance(number, Tensor))
+        stacked = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+        return list(stacked.tolist())
+    return [float(host_number(number)) for number in numbers]

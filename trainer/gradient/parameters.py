@@ -1,0 +1,86 @@
+"""The parameters of a model by name, whatever the model is: an nn.Module or a plain object that holds leaf tensors."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer.errors import ConfigError
+
+
+def named_parameters(model: Any) -> dict[str, Tensor]:
+    """Parameters by the names that the model gives them, each once.
+
+    Of a plain object: the tensors that it holds (in attributes, lists, mappings, modules) which are leaves and
+    require a gradient.
+    """
+    if isinstance(model, nn.Module):
+        return dict(model.named_parameters())
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in _held(model, ""):
+        if isinstance(value, nn.Module):
+            inside: list[tuple[str, Tensor]] = [(f"{name}.{inner}", p) for inner, p in value.named_parameters()]
+        else:
+            inside = [(name, value)] if value.requires_grad and value.is_leaf else []
+        for inner, tensor in inside:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[inner] = tensor
+    return found
+
+
+def named_modules(model: Any) -> dict[str, nn.Module]:
+    """Every module by name, each once: an nn.Module's own, or those that a plain object holds."""
+    if isinstance(model, nn.Module):
+        return dict(model.named_modules())
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for name, value in _held(model, ""):
+        if isinstance(value, nn.Module):
+            for inner, module in value.named_modules():
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    found[f"{name}.{inner}" if inner else name] = module
+    return found
+
+
+def _held(value: Any, name: str) -> Iterator[tuple[str, Tensor | nn.Module]]:
+    """The tensors and the outermost modules in a plain object, by name."""
+    if isinstance(value, nn.Module | Tensor):
+        yield name, value
+        return
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    elif not name and hasattr(value, "__dict__"):
+        items = list(vars(value).items())
+    else:
+        return
+    for key, item in items:
+        yield from _held(item, f"{name}.{key}" if name else key)
+
+
+def named_for(model: Any, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' parameters by name; one that the model does not hold is named by its place in its group.
+
+    Raises ConfigError where two optimizers hold the same parameter: it would be moved twice.
+    """
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    found: dict[str, Tensor] = {}
+    owner: dict[int, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        for number, group in enumerate(optimizer.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                name = names.get(id(parameter), f"optimizer{index}.group{number}.{place}")
+                if owner.setdefault(id(parameter), index) != index:
+                    raise ConfigError(
+                        f"the parameter '{name}' is in optimizer {owner[id(parameter)]} and in optimizer {index}: "
+                        "give each parameter to one optimizer."
+                    )
+                found[name] = parameter
+    if not found:
+        raise ConfigError("the optimizer holds no parameters: build it from those of the model.")
+    return found

@@ -1,0 +1,103 @@
+"""What happened in one step. Numbers stay tensors on their device until somebody reads them."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Number = float | Tensor
+
+FREE_READS = {"cpu"}
+"""The types of device where reading a number waits for nothing. Numbers are floats there, tensors elsewhere."""
+
+
+class Report:
+    """One window's report.
+
+    Attributes read like numbers; the first read of one that is on a device waits for it, later reads do not.
+
+    - `loss`: the window's loss under the window's reduction, before the step. NaN where the weight is zero.
+    - `terms`: the same for each named term, without its coefficient ({"loss": loss} where there are no names).
+    - `weight`: the window's summed weight (of the first term where they differ; `weights` has all).
+    - `grad_norm`: the 2-norm of the window's true gradient, before clipping; None unless a clip or a reader wanted it.
+    - `clip_factor`: what the gradient was multiplied with by `clip_norm`; None where that is off.
+    - `skipped`, `reason`: whether the step was not taken, and the sentence that says why.
+    - `lr`: the learning rate of the first parameter group.
+    - `micro_batches`, `rows`, `tokens`: what this window held.
+    - `clocks`: the counts after this window ({"steps": 12, ...}).
+    """
+
+    __slots__ = (
+        "_clip_factor", "_clocks", "_grad_norm", "_lr", "_reason", "_skipped", "_terms", "_weights",
+        "coefficients", "micro_batches", "rows", "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        terms: Callable[[], dict[str, float]],
+        weights: dict[str, Number],
+        coefficients: dict[str, float],
+        size: tuple[int, int, int],
+    ) -> None:
+        self._terms: Callable[[], dict[str, float]] | dict[str, float] = terms
+        self._weights = weights
+        self.coefficients = coefficients
+        self.micro_batches, self.rows, self.tokens = size
+        self._grad_norm: Number | None = None
+        self._clip_factor: Number | None = None
+        self._skipped: bool | Tensor = False
+        self._reason: str | Callable[[], str] | None = None
+        self._lr: Number = 0.0
+        self._clocks: Callable[[], dict[str, int]] = dict
+
+    @property
+    def terms(self) -> dict[str, float]:
+        if not isinstance(self._terms, dict):
+            self._terms = self._terms()
+        return self._terms
+
+    @property
+    def loss(self) -> float:
+        # A term that weighs nothing in this window has no mean; it says nothing about the others.
+        weighed = [name for name, weight in self.weights.items() if weight != 0.0]
+        if not weighed:
+            return float("nan")
+        return sum(self.coefficients.get(name, 1.0) * self.terms[name] for name in weighed)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: float(weight) for name, weight in self._weights.items()}
+
+    @property
+    def weight(self) -> float:
+        return float(next(iter(self._weights.values()), 0.0))
+
+    @property
+    def grad_norm(self) -> float | None:
+        return None if self._grad_norm is None else float(self._grad_norm)
+
+    @property
+    def clip_factor(self) -> float | None:
+        return None if self._clip_factor is None else float(self._clip_factor)
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self._skipped)
+
+    @property
+    def reason(self) -> str | None:
+        if not self.skipped:
+            return None
+        return self._reason() if callable(self._reason) else self._reason
+
+    @property
+    def lr(self) -> float:
+        return float(self._lr)
+
+    @property
+    def clocks(self) -> dict[str, int]:
+        return self._clocks()
+
+    def __repr__(self) -> str:
+        norm = "" if self.grad_norm is None else f", grad_norm={self.grad_norm:.6g}"
+        skipped = f", skipped: {self.reason}" if self.skipped else ""
+        return f"Report(loss={self.loss:.6g}, weight={self.weight:g}{norm}{skipped})"

@@ -1,0 +1,155 @@
+"""Skips: a step not taken, with its reason, and the buffers that forward changed put back as they were.
+
+Parameters and optimizer state need no copy, as a skipped step never touches them. Buffers do: a NaN in the batch is in
+BatchNorm's running statistics before anybody can tell.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from trainer.errors import GradientError
+from trainer.gradient.norms import nonfinite_names
+from trainer.gradient.parameters import named_modules
+
+# Buffers up to this many bytes are kept at every window's start, and those of normalisation layers whatever their
+# size (their kernels change them without raising the version counter). A larger one (a mask, a table of positions) is
+# kept until a window has shown that forward leaves it alone; from then on its version counter is watched instead.
+_SMALL = 1 << 16
+
+
+class KeptBuffers:
+    """The model's buffers as they were when the window began."""
+
+    def __init__(self, model: Any) -> None:
+        modules = named_modules(model).items()
+        self._holders = [(prefix, module._buffers, isinstance(module, _NormBase)) for prefix, module in modules]
+        self._places: list[tuple[str, dict[str, Tensor | None], str]] = []
+        self._held = -1
+        self._copies: dict[str, Tensor] = {}
+        # Large buffers that no window was seen to end with: still to be judged.
+        self._large: set[str] = set()
+        # Large buffers that forward leaves alone: the tensor and its version when the window began.
+        self._left_alone: dict[str, tuple[Tensor, int]] = {}
+        self._judged = True
+
+    def keep(self) -> None:
+        """Copy what forward may change. Called before a window's first forward."""
+        self._find()
+        self._judged = False
+        sources, targets = [], []
+        for name, buffer in self._now():
+            if name in self._left_alone:
+                self._left_alone[name] = (buffer, buffer._version)
+                continue
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype or copy.device != buffer.device:
+                copy = self._copies[name] = torch.empty_like(buffer)
+            sources.append(buffer.detach() if buffer.requires_grad else buffer)
+            targets.append(copy)
+        if sources:
+            torch._foreach_copy_(targets, sources)
+
+    def put_back(self, flag: Tensor | None = None) -> None:
+        """After a skip: every buffer as it was, bit for bit. With a `flag` on a device: where it is 1, unread."""
+        self._judge()
+        with torch.no_grad():
+            for name, buffer in self._now():
+                copy = self._copies.get(name)
+                if copy is not None:
+                    buffer.copy_(copy if flag is None else torch.where(flag.to(copy.device) == 1, copy, buffer))
+                elif name not in self._left_alone and (flag is None or bool(flag)):
+                    raise GradientError(
+                        f"the step was skipped, but the buffer '{name}' was changed in forward for the first time and "
+                        "had not been kept: go on from the last checkpoint."
+                    )
+
+    def release(self) -> None:
+        """The window ended: what it showed about large buffers holds from the next one on."""
+        self._judge()
+
+    def _judge(self) -> None:
+        """A large buffer that the window left alone needs no copy any more, one that it changed always does."""
+        if self._judged:
+            return
+        self._judged = True
+        for name, buffer in self._now() if self._large or self._left_alone else ():
+            stood = self._left_alone.get(name)
+            if stood is not None:
+                if stood[0] is not buffer or stood[1] != buffer._version:
+                    del self._left_alone[name]
+            elif name in self._large:
+                self._large.remove(name)
+                if torch.equal(self._copies[name], buffer):
+                    self._left_alone[name] = (buffer, buffer._version)
+                    del self._copies[name]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: copy.clone() for name, copy in self._copies.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The copies of an open window: whatever its forwards changed before it was saved counts as changed."""
+        self._find()
+        self._judged = False
+        self._copies = {name: copy.clone() for name, copy in state.items()}
+        self._left_alone = {name: (b, b._version) for name, b in self._now() if name not in self._copies}
+        self._large -= self._left_alone.keys()
+
+    def _find(self) -> None:
+        held = sum(len(buffers) for _, buffers, _ in self._holders)
+        if held != self._held:
+            self._held = held
+            self._places = [
+                (f"{prefix}.{key}" if prefix else key, buffers, key)
+                for prefix, buffers, _ in self._holders
+                for key in buffers
+            ]
+            always = {f"{prefix}.{key}" if prefix else key for prefix, buffers, norm in self._holders if norm for key in buffers}
+            self._large = {
+                name
+                for name, b in self._now()
+                if b.numel() * b.element_size() > _SMALL and name not in always and name not in self._left_alone
+            }
+
+    def _now(self) -> Iterator[tuple[str, Tensor]]:
+        for name, buffers, key in self._places:
+            buffer = buffers.get(key)
+            if buffer is not None:
+                yield name, buffer
+
+
+def reason(
+    losses: list[tuple[str, int, float]], micro_batches: int, gradients: dict[str, Tensor], norm: float | None
+) -> str:
+    """The sentence that says why a window with a non-finite verdict was not taken. Reads what it needs.
+
+    Args:
+        losses: (term, index of the micro-batch, value) of all that were weighed.
+        micro_batches: how many the window held.
+        gradients: by name, as they were checked.
+        norm: the gradient norm, where one was taken.
+    """
+    wrong = [loss for loss in losses if not math.isfinite(loss[2])]
+    if wrong:
+        name, index, value = min(wrong, key=lambda loss: loss[1])
+        term = "" if name == "loss" else f" '{name}'"
+        return f"the loss{term} of micro-batch {index + 1} of {micro_batches} is {value}"
+    bad = nonfinite_names(gradients)
+    if bad:
+        more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""
+        return f"the gradient of {bad[0]}{more} is not finite, while the loss is"
+    if norm is not None and not math.isfinite(norm):
+        return "the gradient is finite, but too large for its norm"
+    return "the gradient overflows when it is divided by the window's weight"
+
+
+def reason_on_device(weights: dict[str, float]) -> str:
+    """The same where the verdict was never read: what is still known when somebody asks."""
+    return "the loss or the gradient is not finite" if any(weights.values()) else ZERO_WEIGHT
+
+
+ZERO_WEIGHT = "the window weighs nothing: no row or target in it counts, so there is nothing to divide by"

@@ -1,0 +1,24 @@
+"""The loggers that the settings ask for; each is imported only where it is used."""
+
+from pathlib import Path
+
+from trainer.loggers.events import Logger
+from trainer.settings import LoggerSettings
+
+
+def chosen(settings: LoggerSettings, folder: Path | None) -> list[Logger]:
+    """Console, TensorBoard and metrics.jsonl as asked for; the files only where there is a folder."""
+    loggers: list[Logger] = []
+    if settings.console:
+        from trainer.loggers.console import Console
+
+        loggers.append(Console())
+    if folder is not None and settings.tensorboard:
+        from trainer.loggers.tensorboard import TensorBoard
+
+        loggers.append(TensorBoard(folder))
+    if folder is not None and settings.metrics:
+        from trainer.loggers.metrics import Metrics
+
+        loggers.append(Metrics(folder))
+    return loggers

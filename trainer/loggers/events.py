@@ -1,0 +1,85 @@
+"""What loggers are told: five events, each with its facts. A logger is any object with these methods.
+
+`start`, `evaluate`, `skip` and `stop` come when they happen; `step` comes every so many ticks of the logging clock,
+so that what reads a device value is paid for seldom. A logger may also have `tick()`, called after every window
+without any value: what draws a bar needs no more. And it may have `flush()`, called before a checkpoint is saved: what
+it keeps in line must then be in its file, or a run killed later and resumed from there would miss it. Nothing else in
+the package prints.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainer.gradient.report import Report
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the run begins: what the console shows and what goes into the files' heads."""
+
+    recipe: str | None
+    folder: Path | None
+    model: str
+    parameters: int
+    device: str
+    precision: str
+    window: str
+    """The window as an equation: `window 4 × 64 rows = 256 rows, divided by rows`."""
+    notes: list[str] = field(default_factory=list)
+    """What was assumed, and what the user may want to know, a sentence each."""
+    config: dict[str, Any] = field(default_factory=dict)
+    total_windows: int | None = None
+    """How many windows the run will draw in all, where the limits tell."""
+    clocks: dict[str, int] = field(default_factory=dict)
+    """The clocks at the start: all zero, or those of the checkpoint that the run goes on from."""
+    resumed_from: Path | None = None
+    step_clock: str = "steps"
+    """The clock on TensorBoard's axis."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation: the weighted means over all held-out rows, with the loss as `loss`."""
+
+    metrics: dict[str, float]
+    clocks: dict[str, int]
+    rows: int
+    seconds: float
+    grad_mode: str
+    best: bool
+    """Whether this is the best so far by `best.metric`."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """How the run ended."""
+
+    reason: str
+    """Why: `3 epochs done`, `stopped by Ctrl-C`, `no new best in 5 evaluations`."""
+    clocks: dict[str, int]
+    skips: int
+    seconds: float
+    metrics: dict[str, float]
+    """The last evaluation's."""
+    best: tuple[str, float, int] | None
+    """The best metric's name, its value, and the step where it was reached."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """What lies where: {"model": …, "checkpoint": …, "best": …, "metrics": …, "tensorboard": …}."""
+    go_on: str | None = None
+    """The words that continue the run, where it can go on."""
+
+
+class Logger(Protocol):
+    """The five events."""
+
+    def start(self, event: Start) -> None: ...
+
+    def step(self, report: Report, seconds: float) -> None:
+        """A window's report, and the seconds since the run started."""
+
+    def evaluate(self, event: Evaluated, model: Any) -> None: ...
+
+    def skip(self, report: Report) -> None: ...
+
+    def stop(self, event: Stop) -> None: ...

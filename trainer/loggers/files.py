@@ -1,0 +1,112 @@
+"""A file that a logger adds records to: written every 50 records or once a second, and never lost silently.
+
+There is no thread: what waits is written by the next record that finds the second over, by `flush` or by `close`.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+from time import perf_counter
+
+from trainer.errors import ConfigError, TrainerError
+
+RECORDS = 50
+SECONDS = 1.0
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class RecordFile:
+    """Whole records in a file, in order.
+
+    Where writing fails (disk full, folder gone) the file is cut back to its last whole record, closed, and a
+    TrainerError says which file, how many bytes were needed and what to do; every later `write` raises it again.
+    Raises ConfigError where the file cannot be opened; `new` refuses one that is there already.
+    """
+
+    def __init__(self, path: Path, *, new: bool = False) -> None:
+        self.path = path
+        make_folder(path.parent)
+        try:
+            self._file = path.open("xb" if new else "ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be opened for writing ({_words(error)}): {_WHAT_TO_DO}") from error
+        self._size = os.fstat(self._file.fileno()).st_size
+        self._waiting: list[bytes] = []
+        self._due = perf_counter() + SECONDS
+        self._failure: str | None = None
+
+    def write(self, record: bytes) -> None:
+        """Add one record. Most calls only put it in line."""
+        self._waiting.append(record)
+        if len(self._waiting) >= RECORDS or perf_counter() >= self._due or self._failure is not None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand everything that waits to the operating system."""
+        if self._failure is not None:
+            self._waiting.clear()
+            raise TrainerError(self._failure)
+        if self._waiting:
+            data = b"".join(self._waiting)
+            self._waiting.clear()
+            try:
+                self._still_there()
+                self._write(data)
+            except OSError as error:
+                self._fail(error, len(data))
+            self._size += len(data)
+        self._due = perf_counter() + SECONDS
+
+    def close(self) -> None:
+        """Write what waits and close. Once closed, or after a failure that was raised, nothing happens."""
+        if not self._file.closed:
+            try:
+                self.flush()
+            finally:
+                self._file.close()
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+
+    def _still_there(self) -> None:
+        # A file whose folder was removed takes every write without an error, and they are gone.
+        if not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+            raise FileNotFoundError(errno.ENOENT, "another file took its place")
+
+    def _fail(self, error: OSError, needed: int) -> None:
+        with contextlib.suppress(OSError):  # The first failure is the one to tell; readers drop a torn last record.
+            self._file.truncate(self._size)
+        self._file.close()
+        room = f"{needed:,} bytes could not be written to {self.path} ({_words(error)}"
+        if error.errno in _FULL:
+            room += _free(self.path.parent)
+        self._failure = f"{room}): {_WHAT_TO_DO}"
+        raise TrainerError(self._failure) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it. Raises ConfigError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {folder} cannot be made ({_words(error)}): {_WHAT_TO_DO}") from error
+
+
+_WHAT_TO_DO = "free some space, choose another folder, or switch it off (loggers.metrics, loggers.tensorboard)."
+
+
+def _words(error: OSError) -> str:
+    words = error.strerror or str(error)
+    return words[:1].lower() + words[1:]
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f", {shutil.disk_usage(folder).free:,} bytes free there"
+    except OSError:
+        return ""

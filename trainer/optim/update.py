@@ -1,0 +1,171 @@
+"""How a finished gradient reaches the parameters: one number and one flag, whatever the optimizer is.
+
+The number is what the gradient must still be multiplied with (divisor and clip folded into one), the flag says that the
+step is not taken. Torch's fused optimizers take both inside their kernel; every other optimizer gets one foreach pass,
+and the flag is read.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
+
+from trainer import kernels
+from trainer.errors import ConfigError
+from trainer.gradient import norms
+from trainer.gradient.report import Number
+from trainer.optim.builders import fit_for_fused
+from trainer.optim.manual import Manual
+
+_FUSED = (Adam, AdamW, SGD, Adagrad)
+
+
+def as_optimizers(optimizer: Any) -> list[Optimizer]:
+    """One optimizer or a sequence of them, checked. Raises ConfigError for what cannot take a step from gradients."""
+    optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    if not optimizers:
+        raise ConfigError("the sequence of optimizers is empty: give at least one.")
+    for one in optimizers:
+        if isinstance(one, type):
+            raise ConfigError(f"the optimizer is the class {one.__name__}: give an instance of it.")
+        if not callable(getattr(one, "step", None)) or not hasattr(one, "param_groups"):
+            raise ConfigError(
+                f"{type(one).__name__} is no optimizer: it needs param_groups and step() as torch.optim.Optimizer has."
+            )
+        wanted = _asks_for(one)
+        if wanted is not None:
+            raise ConfigError(
+                f"{type(one).__name__} evaluates the window again inside its step (it asks for a {wanted}), which a "
+                "window that is accumulated and checked once cannot serve: use one that steps from gradients alone."
+            )
+    return optimizers
+
+
+def _asks_for(optimizer: Any) -> str | None:
+    """What step() cannot do without, if anything."""
+    # SAM as it is usually written takes closure=None and then refuses it; its two halves tell it apart.
+    if isinstance(optimizer, LBFGS) or (hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")):
+        return "closure"
+    try:
+        parameters = inspect.signature(optimizer.step).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return next((p.name for p in parameters if p.default is p.empty and p.kind not in optional), None)
+
+
+def is_fused(optimizer: Optimizer) -> bool:
+    """Whether `grad_scale` and `found_inf` are read by its kernel: the very class, and every group says fused."""
+    return type(optimizer) in _FUSED and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def could_be_fused(optimizer: Optimizer) -> bool:
+    """Whether torch has a fused kernel for it that its maker did not ask for."""
+    groups = optimizer.param_groups
+    return (
+        type(optimizer) in _FUSED
+        and not is_fused(optimizer)
+        and not any(group.get("differentiable") for group in groups)
+        and fit_for_fused(parameter for group in groups for parameter in group["params"])
+    )
+
+
+class Update:
+    """One optimizer, applied."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._scale = torch.ones(())
+
+    def apply(self, factor: float) -> None:
+        """Take the step with gradients times `factor`. Only called when the step is to be taken."""
+        optimizer = self.optimizer
+        if type(optimizer) is Manual and not kernels.has_hooks(optimizer):
+            optimizer.update(factor)
+            return
+        # The kernel divides by the scale, a float32: below 1 it could overflow after the check.
+        if 1e-38 < factor <= 1.0 and kernels.can_update_directly(optimizer):
+            scale = None if factor == 1.0 else self._scale.fill_(1.0 / factor)
+            if kernels.update_directly(optimizer, scale):
+                return
+        if factor != 1.0:
+            norms.scale(self.gradients(), factor)
+        self._step()
+
+    def apply_if_finite(self, factor: Tensor, flag: Tensor) -> None:
+        """The same where the flag (float32, exactly 0 or 1) lies on a device and is not to be read.
+
+        Only where `defers` says so.
+        """
+        optimizer = self.optimizer
+        optimizer.grad_scale = factor.reciprocal().to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.found_inf = flag  # type: ignore[attr-defined]
+        try:
+            self._step()
+        finally:
+            # Left in place, the next step of somebody else would be scaled by them.
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+    def _step(self) -> None:
+        """The optimizer's own step."""
+        optimizer = self.optimizer
+        if not is_fused(optimizer):
+            optimizer.step()
+            return
+        # Fused SGD raises where some momenta of a group are made and others are not (a parameter joins later).
+        mixed = [group for group in optimizer.param_groups if group.get("momentum") and self._is_mixed(group)]
+        for group in mixed:
+            group["fused"] = False
+        try:
+            optimizer.step()
+        finally:
+            for group in mixed:
+                group["fused"] = True
+        for group in optimizer.param_groups:
+            kernels.mark_changed([parameter for parameter in group["params"] if parameter.grad is not None])
+
+    def _is_mixed(self, group: dict[str, Any]) -> bool:
+        state = self.optimizer.state
+        with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+        made = [state.get(parameter, {}).get("momentum_buffer") is not None for parameter in with_gradient]
+        return any(made) and not all(made)
+
+    def defers(self) -> bool:
+        """Whether a step could be taken without reading the flag: the kernel reads it, and skipping in it is safe.
+
+        On the step that makes the state it is not: fused SGD would keep uninitialised momentum, AdamW a state.
+        """
+        return is_fused(self.optimizer) and not self._holds_doubles() and self._has_every_state()
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def set_rates(self, rates: Sequence[Any]) -> None:
+        """The learning rate of each group."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _holds_doubles(self) -> bool:
+        # grad_scale is read as float32 only: it raises on float64 parameters.
+        return any(p.dtype is torch.float64 for group in self.optimizer.param_groups for p in group["params"])
+
+    def _has_every_state(self) -> bool:
+        for group in self.optimizer.param_groups:
+            if group.get("momentum", None) == 0:
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.optimizer.state.get(parameter)
+                if not state or ("momentum" in group and state.get("momentum_buffer") is None):
+                    return False
+        return True
+
+
+def first_rate(optimizers: Sequence[Optimizer]) -> Number:
+    """The learning rate of the first group: what a report shows."""
+    rate: Number = optimizers[0].param_groups[0].get("lr", 0.0)
+    return rate

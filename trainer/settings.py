@@ -1,0 +1,223 @@
+"""Every toggle once: its name, type, range, default and one line of help.
+
+The command line, `Trainer(...)` and `Step(...)` all read these classes; none of them imports torch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from trainer.errors import ConfigError, did_you_mean
+
+Clock = Literal["micro_batches", "windows", "steps", "rows", "tokens", "epochs"]
+Precision = Literal["fp32", "bf16", "fp64"]
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def setting(default: Any, help: str, *, flat: str | None = None, **limits: Any) -> Any:
+    """A field with its line of help; `flat` is its keyword in `Trainer(...)` where its own name would be unclear."""
+    extra: dict[str, Any] = {"json_schema_extra": {"flat": flat}} if flat else {}
+    if isinstance(default, dict | list):
+        copied = default
+        return Field(default_factory=lambda: type(copied)(copied), description=help, **extra, **limits)
+    return Field(default=default, description=help, **extra, **limits)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GradientSettings:
+    """What is asked of the gradient of one window."""
+
+    accumulation_steps: int = setting(1, "micro-batches in a window, that is in one optimizer step", ge=1)
+    reduction: Literal["mean", "sum", "micro_batches"] = setting(
+        "mean", "mean: by weight, however the window is cut; sum: not divided; micro_batches: the textbook loss / k"
+    )
+    zero_grad: Literal["set_to_none", "zeros", "never"] = setting(
+        "set_to_none", "what happens to .grad before a window"
+    )
+    clip_norm: float | None = setting(None, "largest 2-norm of the whole gradient", gt=0)
+    clip_value: float | None = setting(None, "largest absolute value of each element of the gradient", gt=0)
+    nonfinite: Literal["skip", "raise", "allow"] = setting(
+        "skip", "what an infinite or NaN loss or gradient does: skip the step, stop the run, or go into the parameters"
+    )
+    coefficients: dict[str, float] = setting({}, "factor of each named term of the objective (1 where not named)")
+
+    def __post_init__(self) -> None:
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("clip_norm and clip_value are both set: choose one and set the other to null.")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ActivationCheckpointingSettings:
+    """Which activations are computed again in backward instead of being kept."""
+
+    mode: Literal["none", "segments"] = setting(
+        "none", "none, or segments: keep only what enters each segment", flat="activation_checkpointing"
+    )
+    segments: int | None = setting(None, "cut a Sequential into this many segments of consecutive modules", ge=1)
+    modules: list[str] = setting([], "patterns of module names, each matching module a segment (blocks.*)", flat="segment_modules")
+
+    def __post_init__(self) -> None:
+        if self.mode == "segments" and self.segments is not None and self.modules:
+            raise ValueError("segments and modules are both set: cut by number or by module name, not by both.")
+        if self.mode == "none" and (self.segments is not None or self.modules):
+            raise ValueError("segments or modules is set while mode is none: set mode to segments.")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSettings:
+    """How tensors and datasets are cut into micro-batches; a DataLoader is iterated as it is."""
+
+    batch_size: int = setting(32, "rows of a micro-batch", ge=1)
+    evaluation_batch_size: int | None = setting(None, "rows of a micro-batch in evaluation (null: batch_size)", ge=1)
+    shuffle: bool = setting(True, "draw a new order for every epoch")
+    drop_last: bool = setting(False, "leave out an epoch's last micro-batch where it is shorter")
+    workers: int = setting(0, "processes that load a dataset's items", ge=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluationSettings:
+    """When and how the model is evaluated on held-out data."""
+
+    grad_mode: Literal["no_grad", "inference_mode", "enabled"] = setting("no_grad", "gradient mode during evaluation")
+    every: int | None = setting(1, "evaluate every so many ticks of the clock (null: only at the end)", flat="evaluate_every", ge=1)
+    clock: Clock = setting("epochs", "the clock that evaluation follows", flat="evaluate_clock")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LimitSettings:
+    """When a run ends: at the first of these that is reached."""
+
+    epochs: int | None = setting(None, "passes over the training data", ge=0)
+    steps: int | None = setting(None, "optimizer steps taken", ge=0)
+    rows: int | None = setting(None, "rows that went into steps", ge=0)
+    time: float | None = setting(None, "seconds of training in this process", gt=0)
+    patience: int | None = setting(None, "evaluations without a new best", ge=1)
+    skips_in_a_row: int | None = setting(100, "skipped steps in a row after which the run has diverged (exit code 4)", ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BestSettings:
+    """Which metric of the evaluation makes a checkpoint the best one."""
+
+    metric: str = setting("loss", "name of the metric", flat="best_metric")
+    mode: Literal["min", "max"] = setting("min", "whether less or more is better", flat="best_mode")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LoggerSettings:
+    """What is written about the run, where, and how often."""
+
+    every: int = setting(50, "write a report every so many ticks of the clock", flat="log_every", ge=1)
+    clock: Clock = setting("steps", "the clock that logging follows", flat="log_clock")
+    console: bool = setting(True, "a bar on a terminal, sparse lines on a pipe")
+    tensorboard: bool = setting(True, "TensorBoard events in the run's folder")
+    metrics: bool = setting(True, "metrics.jsonl in the run's folder", flat="metrics_file")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CheckpointSettings:
+    """When the state of the run is saved."""
+
+    every: int | None = setting(None, "save every so many ticks of the clock (null: only at the end)", flat="checkpoint_every", ge=1)
+    clock: Clock = setting("epochs", "the clock that saving follows", flat="checkpoint_clock")
+    last: bool = setting(True, "save when the run ends", flat="checkpoint_last")
+    best: bool = setting(True, "save when evaluation finds a new best", flat="checkpoint_best")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Settings:
+    """All toggles of a run, by the sections that the config shows."""
+
+    seed: int | None = setting(None, "seed of the order and of all that is drawn (null: the global RNG is left alone)", ge=0)
+    device: str = setting("auto", "auto (cuda, mps, cpu: the first that is there) or a torch device")
+    precision: Precision = setting("fp32", "fp32, bf16 (autocast, parameters stay float32) or fp64")
+    tf32: bool = setting(False, "let CUDA multiply float32 matrices in TF32")
+    gradient: GradientSettings = Field(default_factory=GradientSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    activation_checkpointing: ActivationCheckpointingSettings = Field(default_factory=ActivationCheckpointingSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    best: BestSettings = Field(default_factory=BestSettings)
+    loggers: LoggerSettings = Field(default_factory=LoggerSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+
+
+T = TypeVar("T")
+
+
+def validated(settings: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """An instance of a settings class out of plain values; `where` is the section to name in an error.
+
+    Raises ConfigError with one sentence for the first value that does not fit.
+    """
+    filled = dict(values)
+    for name in filled:
+        section = section_of(settings, name) if name in fields_of(settings) else None
+        if section is not None and isinstance(filled[name], Mapping):
+            filled[name] = validated(section, filled[name], f"{where}.{name}" if where else name)
+    try:
+        return settings(**filled)
+    except ValidationError as error:
+        raise ConfigError(_sentence(settings, error, where)) from None
+
+
+def fields_of(settings: type) -> dict[str, Any]:
+    """The pydantic fields of a settings class by name: their types, defaults and lines of help."""
+    return dict(settings.__pydantic_fields__)  # type: ignore[attr-defined]
+
+
+def section_of(settings: type, name: str) -> type | None:
+    """The settings class of a section, or None where the field is a value."""
+    annotation = fields_of(settings)[name].annotation
+    return annotation if dataclasses.is_dataclass(annotation) and isinstance(annotation, type) else None
+
+
+def flat_names() -> dict[str, tuple[str, ...]]:
+    """The keyword of every toggle in `Trainer(...)` and where it lives: {"clip_norm": ("gradient", "clip_norm")}."""
+    names: dict[str, tuple[str, ...]] = {}
+    for name in fields_of(Settings):
+        section = section_of(Settings, name)
+        if section is None:
+            names[name] = (name,)
+            continue
+        for leaf, field in fields_of(section).items():
+            names[(field.json_schema_extra or {}).get("flat", leaf)] = (name, leaf)
+    return names
+
+
+def from_flat(keywords: Mapping[str, Any]) -> Settings:
+    """Settings out of the flat keywords of `Trainer(...)`."""
+    known = flat_names()
+    nested: dict[str, Any] = {}
+    for keyword, value in keywords.items():
+        if keyword not in known:
+            raise ConfigError(f"Trainer has no setting '{keyword}': {did_you_mean(keyword, known)}")
+        *section, leaf = known[keyword]
+        (nested.setdefault(section[0], {}) if section else nested)[leaf] = value
+    return validated(Settings, nested)
+
+
+def step_settings(gradient: GradientSettings | None, toggles: Mapping[str, Any]) -> GradientSettings:
+    """The toggles of a `Step`: as settings, or by keyword, or the defaults; not both."""
+    if gradient is not None and toggles:
+        raise ConfigError(f"Step got gradient= and also {', '.join(toggles)}: give the settings or the toggles, not both.")
+    for name in toggles:
+        if name not in fields_of(GradientSettings):
+            raise ConfigError(f"Step has no setting '{name}': {did_you_mean(name, fields_of(GradientSettings))}")
+    return gradient or validated(GradientSettings, toggles)
+
+
+def _sentence(settings: type, error: ValidationError, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"] if part != "__dataclass__"]
+    key = ".".join([where, *path] if where else path)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"there is no setting '{key}': {did_you_mean(path[-1], fields_of(settings))}"
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}={first['input']!r} is not possible: {message}."

@@ -1,0 +1,404 @@
+"""The life of a gradient, read straight down:
+
+zero → forward → scale → backward → accumulate → all_reduce → unscale → inspect → clip → step → release.
+
+`Step.accumulate` is the first half, once for every micro-batch; `Step.finish` is the second, once for the window.
+Everything between the last backward and the parameters is one number (`factor`: divisor and clip) and one flag (`bad`).
+On the CPU both are read, which costs nothing there; elsewhere both stay on the device until somebody reads the report.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trainer import kernels
+from trainer.activations.segments import segments_for
+from trainer.distributed.ranks import OneProcess, Ranks
+from trainer.errors import CheckpointError, ConfigError, DivergedError, did_you_mean
+from trainer.gradient import norms, skips
+from trainer.gradient.apart import add_apart, backward_apart
+from trainer.gradient.clocks import Clocks
+from trainer.gradient.explain import explain
+from trainer.gradient.objective import Objective, Weigher, check_differentiable, terms_of
+from trainer.gradient.open_window import OpenWindow
+from trainer.gradient.parameters import named_for, named_parameters
+from trainer.gradient.precision import autocast, check_precision
+from trainer.gradient.report import FREE_READS, Number, Report
+from trainer.gradient.zeroing import Aside, add_back, can_put_back, put_back, zero
+from trainer.optim.rates import Rates
+from trainer.optim.update import Update, as_optimizers
+from trainer.settings import ActivationCheckpointingSettings, GradientSettings, step_settings
+
+
+class Step:
+    """One window at a time: from zeroed gradients to new parameters.
+
+    Args:
+        model: an nn.Module, or any object that holds leaf tensors. It is never moved or wrapped.
+        objective: maps (model, micro-batch) to a scalar tensor (a mean), `Sum`, `Cotangents` or a mapping to them.
+        optimizer: an optimizer or a sequence of optimizers over disjoint parameters.
+        schedule: factor(count) of each group's learning rate (`trainer.optim`), or a torch LRScheduler.
+        activation_checkpointing: its settings, a number of segments, or patterns of module names.
+        precision: fp32, bf16 (autocast) or fp64 (the parameters are float64 already).
+        count_rows: rows of a micro-batch; by default the first dimension of its first tensor.
+        ranks: other processes; by default there are none.
+        gradient: the toggles as settings; or give them by keyword: `clip_norm=1.0`, `reduction="sum"`, ….
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective,
+        optimizer: Any,
+        *,
+        schedule: Any = None,
+        activation_checkpointing: ActivationCheckpointingSettings | int | Sequence[str] | None = None,
+        precision: Literal["fp32", "bf16", "fp64"] = "fp32",
+        count_rows: Callable[[Any], int] | None = None,
+        ranks: Ranks | None = None,
+        gradient: GradientSettings | None = None,
+        **toggles: Any,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.optimizers = as_optimizers(optimizer)
+        self.settings = step_settings(gradient, toggles)
+        self.ranks: Ranks = ranks or OneProcess()
+        self.clocks = Clocks()
+        self.skips_in_a_row: int | Tensor = 0
+        self.weigher = Weigher(objective, count_rows)
+        self.rates = Rates(schedule, self.optimizers)
+        self._updates = [Update(one) for one in self.optimizers]
+        self._parameters: dict[str, Tensor] = {}
+        self._size, self._limited = -1, False
+        self._inputs: tuple[Tensor, ...] = ()
+        self._find_parameters()
+        self._segments = segments_for(model, activation_checkpointing)
+        check_precision(precision, self._parameters)
+        self._device = next(iter(self._parameters.values())).device
+        self._autocast = autocast(precision, self._device.type)
+        self._buffers = skips.KeptBuffers(model)
+        self._reads = self._device.type in FREE_READS
+        self._found = torch.zeros((), device=self._device)
+        self._one = torch.ones((), device=self._device)
+        self._open: OpenWindow | None = None
+        self._aside: Aside = []
+        self._expected: dict[str, float] = {}
+
+    def __call__(self, window: Sequence[Any], norms: bool = False) -> Report:
+        """One step on a window: a sequence of micro-batches, drawn whole.
+
+        `norms` asks for the gradient norm in the report where no clip computes it anyway. When the objective raises,
+        the window is cancelled: parameters, buffers and optimizer are as they were before it.
+        """
+        if not len(window):
+            raise ConfigError("the window holds no micro-batch: there is nothing to step on.")
+        done = 0
+        if self._open is not None:
+            self._open.join(window)
+            done = self._open.micro_batches
+        try:
+            for micro_batch in window[done:] if done else window:
+                self.accumulate(micro_batch, window)
+        except BaseException:
+            self.cancel()
+            raise
+        return self.finish(norms)
+
+    def accumulate(self, micro_batch: Any, window: Sequence[Any] | None = None) -> None:
+        """Add one micro-batch's gradient to the window's.
+
+        With the whole window given, backward starts from the true divisor; without it from a power of two near what
+        is expected, and `finish` makes up the rest. After an error in here the window can only be cancelled.
+        """
+        open_ = self._open
+        if open_ is None:
+            open_ = self._open = OpenWindow(self.settings, self.weigher, self.ranks, window, self._expected)
+            self._buffers.keep()
+            self._find_parameters()
+            self._aside = zero(self._parameters.values(), self.settings.zero_grad)  # zero
+        elif window is not open_.drawn:
+            open_.join(window)
+        open_.enter()
+
+        terms = terms_of(self._forward(micro_batch), self.objective)  # forward
+        roots, seeds = [], []
+        for term in terms:
+            seed = open_.seed(term, micro_batch, alone=len(terms) == 1)  # scale
+            if seed is None:
+                continue
+            check_differentiable(term, self.objective)
+            apart = open_.terms[term.name].apart
+            if apart is None:
+                roots.append(term.value)
+                seeds.append(seed)
+            else:
+                backward_apart(term.value, seed, self._parameters, apart)
+        if roots:
+            try:
+                kernels.backward(tuple(roots), tuple(seeds), self._inputs, False)  # backward, accumulate
+            except RuntimeError as error:
+                explain(error, self.model)
+                raise
+        open_.count(micro_batch)
+
+    def finish(self, norms: bool = False) -> Report:
+        """End the window: in a step, or in a skip that leaves parameters, buffers and optimizer state as they were."""
+        open_ = self._open
+        if open_ is None or not open_.micro_batches:
+            raise ConfigError("finish() came without an open window: call accumulate(micro_batch) before it.")
+        open_.check_whole()
+        try:
+            report = self._finish(open_, norms)
+        except BaseException:
+            self.cancel()
+            raise
+        if report._skipped is True and self.settings.nonfinite == "raise" and report._reason != skips.ZERO_WEIGHT:
+            raise DivergedError(f"step {self.clocks.steps + 1} was not taken: {report.reason}. nonfinite=raise stops here.")
+        return report
+
+    # The stages, in the order above.
+
+    def _finish(self, open_: OpenWindow, norms: bool) -> Report:
+        gradients = self._gather()
+        self.ranks.sum_gradients(list(gradients.values()))  # all_reduce
+        factor = self._unscale(open_, gradients)  # unscale
+        if self._aside or open_.apart():
+            gradients = self._gather()
+        bad, norm = self._inspect(open_, gradients, factor, norms)  # inspect
+        report = Report(open_.means, open_.weights(), self.settings.coefficients, (open_.micro_batches, open_.rows, open_.tokens))
+        if norm is not None:
+            report._grad_norm = norm * factor
+        if open_.weighs_nothing():
+            self._skip(report, skips.ZERO_WEIGHT)
+        elif isinstance(bad, Tensor) and self._defers():
+            self._step_if(bad, self._clip(gradients, factor, report), report)  # clip, and step or skip, on the device
+        elif bool(bad):
+            self._skip(report, self._reason(open_, gradients, report))
+        else:
+            self._step(float(self._clip(gradients, factor, report)), report)  # clip, step
+        self._release(open_, report)  # release
+        return report
+
+    def _forward(self, micro_batch: Any) -> Any:
+        try:
+            if self._segments is None and self._autocast is None:
+                return self.objective(self.model, micro_batch)
+            with self._segments or nullcontext(), self._autocast or nullcontext():
+                return self.objective(self.model, micro_batch)
+        except RuntimeError as error:
+            explain(error, self.model)
+            raise
+
+    def _unscale(self, open_: OpenWindow, gradients: dict[str, Tensor]) -> Number:
+        """What is left of the divisor, as a factor. What must have the true gradient in `.grad` gets it here."""
+        leftover = open_.leftover()
+        factor: Number = 1.0 / leftover
+        apart = open_.apart()
+        exactly = bool(apart) or self.settings.clip_value is not None or self.settings.zero_grad == "never"
+        if isinstance(factor, Tensor) or factor > 1.0 or (exactly and factor != 1.0):
+            # A factor above 1 could still overflow: it is applied before the check, not folded behind it.
+            norms.scale(list(gradients.values()), factor)
+            factor = 1.0
+        for held, own in apart:
+            add_apart(held, own, self._parameters)
+        if self._aside:
+            add_back(self._aside)
+        return factor
+
+    def _inspect(
+        self, open_: OpenWindow, gradients: dict[str, Tensor], factor: Number, wanted: bool
+    ) -> tuple[bool | Tensor, Number | None]:
+        """Whether the window must be skipped, and the norm where a clip or a reader wants it."""
+        norm = norms.norm(list(gradients.values())) if wanted or self.settings.clip_norm is not None else None
+        nothing = None if self._reads else open_.weighs_nothing_on(self._device)
+        if self.settings.nonfinite == "allow":
+            return False if nothing is None else nothing, norm
+        if self._reads:
+            if not all(math.isfinite(value) for _, _, value in open_.losses()):
+                return self.ranks.any_flag(True), norm
+            if norm is not None:
+                return self.ranks.any_flag(not math.isfinite(norm * factor)), norm
+            norms.nonfinite(list(gradients.values()), self._found, self._one)
+            bad = self._found.item() != 0.0
+            if bad:
+                self._found.zero_()
+            return self.ranks.any_flag(bad), norm
+        found = torch.zeros_like(self._found)
+        losses = [torch.as_tensor(value, device=self._device).detach().clone() for _, _, value in open_.losses()]
+        norms.nonfinite([*gradients.values(), *losses], found, self._one)
+        if nothing is not None:
+            found = torch.maximum(found, nothing)
+        if norm is not None:
+            found = torch.maximum(found, (~torch.as_tensor(norm, device=self._device).isfinite()).to(found))
+        return found, norm
+
+    def _clip(self, gradients: dict[str, Tensor], factor: Number, report: Report) -> Number:
+        if self.settings.clip_norm is not None and report._grad_norm is not None:
+            report._clip_factor = norms.clip_factor(report._grad_norm, self.settings.clip_norm)
+            if self.settings.zero_grad == "never":
+                norms.scale(list(gradients.values()), report._clip_factor)  # the next window adds to what was clipped
+                return factor
+            return factor * report._clip_factor
+        if self.settings.clip_value is not None:
+            norms.clip_value(list(gradients.values()), self.settings.clip_value)
+        return factor
+
+    def _step(self, factor: float, report: Report) -> None:
+        report._lr = self.rates.set(self.clocks)
+        for update in self._updates:
+            update.apply(factor)
+        self.rates.taken()
+        self.clocks.draw(report.micro_batches)
+        self.clocks.take(report.rows, report.tokens)
+        self.skips_in_a_row = 0
+
+    def _step_if(self, bad: Tensor, factor: Number, report: Report) -> None:
+        factor = torch.as_tensor(factor, dtype=torch.float32, device=self._device)
+        report._lr = self.rates.set_on(self.clocks, self._device)
+        for update in self._updates:
+            update.apply_if_finite(factor, bad)
+        self._buffers.put_back(bad)
+        put_back(self._aside, bad)
+        report._skipped = bad
+        report._reason = lambda: skips.reason_on_device(report.weights)
+        self.clocks.draw(report.micro_batches)
+        self.clocks.take_if(1.0 - bad, report.rows, report.tokens)
+        self.skips_in_a_row = (self.skips_in_a_row + bad) * bad
+
+    def _reason(self, open_: OpenWindow, gradients: dict[str, Tensor], report: Report) -> str:
+        if not any(report.weights.values()):
+            return skips.ZERO_WEIGHT
+        losses = [(name, index, float(value)) for name, index, value in open_.losses()]
+        return skips.reason(losses, open_.micro_batches, gradients, report.grad_norm)
+
+    def _skip(self, report: Report, reason: str) -> None:
+        self._buffers.put_back()
+        put_back(self._aside)
+        report._lr = self.rates.now()
+        report._skipped = True
+        report._reason = reason
+        self.clocks.draw(report.micro_batches)
+        self.skips_in_a_row = self.skips_in_a_row + 1
+
+    def _release(self, open_: OpenWindow, report: Report) -> None:
+        self._expected = open_.denominators()
+        report._clocks = self.clocks.snapshot()
+        self._buffers.release()
+        open_.close()
+        self._aside = []
+        self._open = None
+
+    # What the stages ask for.
+
+    def _gather(self) -> dict[str, Tensor]:
+        """The gradients that there are, by name; sparse ones coalesced, so that their values can be changed in place."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not torch.strided and not gradient.is_coalesced():
+                gradient = parameter.grad = gradient.coalesce()
+            found[name] = gradient
+        return found
+
+    def _find_parameters(self) -> None:
+        """The parameters again where a group was added, and those that backward is limited to."""
+        size = sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
+        if size != self._size:
+            self._size = size
+            self._parameters = named_for(self.model, self.optimizers)
+            own = {id(parameter) for parameter in self._parameters.values()}
+            self._limited = any(id(p) not in own for p in named_parameters(self.model).values() if p.requires_grad)
+        if self._limited:
+            self._inputs = tuple(parameter for parameter in self._parameters.values() if parameter.requires_grad)
+
+    def _defers(self) -> bool:
+        """Whether the verdict can stay on the device; `raise` has to know it."""
+        if self.settings.nonfinite == "raise" or not self.rates.defers or not can_put_back(self._aside):
+            return False
+        return all(one.defers() for one in self._updates)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a window is begun and not yet ended."""
+        return self._open is not None
+
+    def cancel(self) -> None:
+        """Give the open window up: parameters, buffers, optimizer and clocks as they were before it."""
+        if self._open is not None:
+            self._buffers.put_back()
+            zero(self._parameters.values(), "set_to_none" if self.settings.zero_grad == "never" else self.settings.zero_grad)
+            put_back(self._aside)
+            self._aside = []
+            self._open = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clocks, skips, schedule, and the open window with its gradients: numbers and tensors only.
+
+        The optimizers' states are theirs, the parameters and buffers the model's.
+        """
+        window = None
+        if self._open is not None:
+            self._open.check_whole()
+            window = {"sums": self._open.state_dict(), "buffers": self._buffers.state_dict()}
+        aside = {id(parameter): gradient for parameter, gradient in self._aside}
+        stood = {name: aside.get(id(parameter)) for name, parameter in self._parameters.items()}
+        # Between windows `.grad` is still needed under `never`; under `zeros` it matters which parameters have one.
+        whole = window is not None or self.settings.zero_grad == "never"
+        names = {} if self.settings.zero_grad == "set_to_none" and not whole else self._gather()
+        return {
+            "clocks": self.clocks.state_dict(),
+            "skips_in_a_row": int(self.skips_in_a_row),
+            "expected": {name: float(weight) for name, weight in self._expected.items()},
+            "rates": self.rates.state_dict(),
+            "open": window,
+            "gradients": {name: gradient.clone() if whole else None for name, gradient in names.items()},
+            "aside": {name: gradient.clone() for name, gradient in stood.items() if gradient is not None},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`. Where a window was open, the next call gets that window, drawn again.
+
+        Raises CheckpointError for a gradient of a parameter that is not there or has another shape.
+        """
+        self._find_parameters()
+        gradients, aside = state["gradients"], state["aside"]
+        for name, gradient in (*gradients.items(), *aside.items()):
+            if name not in self._parameters:
+                raise CheckpointError(
+                    f"the saved gradient of '{name}' has no parameter here: {did_you_mean(name, self._parameters)}"
+                )
+            if gradient is not None and gradient.shape != self._parameters[name].shape:
+                raise CheckpointError(
+                    f"the saved gradient of '{name}' has shape {tuple(gradient.shape)}, the parameter here "
+                    f"{tuple(self._parameters[name].shape)}: load it into the model that it was saved from."
+                )
+        self.clocks.load_state_dict(state["clocks"])
+        self.skips_in_a_row = int(state["skips_in_a_row"])
+        self._expected = dict(state["expected"])
+        self.rates.load_state_dict(state["rates"])
+        self._open, self._aside = None, []
+        for name, parameter in self._parameters.items():
+            parameter.grad = _loaded(gradients, name, parameter)
+        window = state["open"]
+        if window is None:
+            return
+        self._open = OpenWindow(self.settings, self.weigher, self.ranks, None, self._expected)
+        self._open.load_state_dict(window["sums"])
+        self._buffers.load_state_dict(window["buffers"])
+        if self.settings.zero_grad == "never":
+            self._aside = [(p, _loaded(aside, name, p)) for name, p in self._parameters.items()]
+
+
+def _loaded(gradients: Mapping[str, Tensor | None], name: str, parameter: Tensor) -> Tensor | None:
+    """A saved gradient beside its parameter; zeros where only its name was saved, None where it had none."""
+    if name not in gradients:
+        return None
+    gradient = gradients[name]
+    return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.device, copy=True)

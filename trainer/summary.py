@@ -1,0 +1,71 @@
+"""What a run says of itself before it starts: the window as an equation, and what was assumed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.data.sources import DatasetSource, TensorSource
+from trainer.gradient.objective import Supervised
+from trainer.optim.update import could_be_fused
+from trainer.settings import Settings
+from trainer.step import Step
+
+
+def parameter_count(step: Step) -> int:
+    """Numbers that the optimizers move."""
+    return sum(
+        parameter.numel()
+        for optimizer in step.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    )
+
+
+def window(settings: Settings, source: Any, step: Step) -> str:
+    """`window 4 × 64 rows = 256 rows, divided by rows`."""
+    count = settings.gradient.accumulation_steps
+    reduction = settings.gradient.reduction
+    what = step.objective.counter.what if isinstance(step.objective, Supervised) else "rows"
+    if step.weigher.declares and not isinstance(step.objective, Supervised):
+        what = "what the objective's weight counts"
+    divided = {
+        "mean": f"divided by {what}",
+        "sum": "not divided",
+        "micro_batches": f"each micro-batch divided by {what}, their sum by {count}",
+    }[reduction]
+    if not isinstance(source, TensorSource | DatasetSource):
+        return f"window {count} micro-batches, {divided}"
+    rows = settings.data.batch_size
+    return f"window {count} × {rows} rows = {count * rows} rows, {divided}"
+
+
+def total_windows(settings: Settings, source: Any) -> int | None:
+    """How many windows the run will draw, where its limits tell."""
+    length = source.length()
+    by_epochs = None
+    if settings.limits.epochs is not None and length is not None:
+        by_epochs = settings.limits.epochs * -(-length // settings.gradient.accumulation_steps)
+    known = [total for total in (by_epochs, settings.limits.steps) if total is not None]
+    return min(known) if known else None
+
+
+def notes(step: Step, source: Any, settings: Settings) -> Sequence[str]:
+    """What was assumed, and what the user may want to know; a sentence each."""
+    said = []
+    if not isinstance(step.objective, Supervised) and not step.weigher.declares:
+        said.append("the objective tells no weight: its means are taken over rows, the first dimension of the first tensor.")
+    if not source.owns_order:
+        said.append(
+            "the data's order is its own: a run that goes on inside an epoch walks the epoch again up to its place, and "
+            "is exact only where that gives the same micro-batches."
+        )
+    for optimizer in step.optimizers:
+        if could_be_fused(optimizer):
+            said.append(f"{type(optimizer).__name__} was made without fused=True: its step would cost less with it.")
+    if not step.rates.defers:
+        said.append("the schedule is a torch LRScheduler: on a device it costs one read a step.")
+    length = source.length()
+    ragged = length is not None and length % settings.gradient.accumulation_steps
+    if ragged:
+        said.append(f"the last window of an epoch holds {ragged} micro-batches; it is divided by its own weight.")
+    return said
