@@ -20,7 +20,7 @@ def images(held_out: int = 360, seed: int = 0) -> Split:
     except ModuleNotFoundError as error:
         if not str(error.name).startswith("sklearn"):
             raise
-        raise DataError("the digits come with scikit-learn, which is not installed: pip install scikit-learn.") from None
+        raise DataError("the digits come with scikit-learn, which is not here: pip install scikit-learn.") from None
     data = load_digits()
     inputs = torch.tensor(data.data, dtype=torch.float32) / 16
     classes = torch.tensor(data.target, dtype=torch.int64)

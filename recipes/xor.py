@@ -21,7 +21,7 @@ class ManualLinear:
 
 
 def table() -> Split:
-    """The four rows of XOR: inputs of shape (4, 2), targets of shape (4, 1). They are all there is, so none is held out."""
+    """The four rows of XOR: inputs of shape (4, 2), targets of shape (4, 1). It is all there is: none is held out."""
     inputs = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     targets = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
     return Split(train=(inputs, targets), evaluation=(inputs, targets))
@@ -42,8 +42,10 @@ class Explain:
         inputs, targets = table().train
         with torch.no_grad():
             predictions = self.model.forward(inputs)
-        for row, wanted, said in zip(inputs.tolist(), targets.flatten().tolist(), predictions.flatten().tolist(), strict=True):
-            sys.stdout.write(f"  {row[0]:.0f} xor {row[1]:.0f} = {wanted:.0f}, predicted {said:.3f}\n")
+        for (left, right), (wanted,), (said,) in zip(
+            inputs.tolist(), targets.tolist(), predictions.tolist(), strict=True
+        ):
+            sys.stdout.write(f"  {left:.0f} xor {right:.0f} = {wanted:.0f}, predicted {said:.3f}\n")
         sys.stdout.write(
             "No straight line parts XOR's ones from its zeros. The best that one can do is to say 0.5 everywhere,\n"
             "with a loss of 0.25. One hidden layer is enough: trainer train recipe=xor_mlp\n"

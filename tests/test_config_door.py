@@ -14,13 +14,15 @@ HOSTILE = [
     "os.system", "os.popen", "posix.system", "subprocess.run", "subprocess.Popen", "builtins.eval", "builtins.exec",
     "builtins.open", "builtins.__import__", "pickle.loads", "pickle.load", "marshal.loads", "shelve.open",
     "importlib.import_module", "runpy.run_path", "ctypes.CDLL", "shutil.rmtree", "pathlib.Path.unlink", "code.interact",
-    "webbrowser.open", "urllib.request.urlopen", "hydra.utils.instantiate", "hydra.utils.call", "omegaconf.OmegaConf.save",
-    "numpy.load", "torch.load", "torch.hub.load", "torch.jit.load", "torch.save", "torch.utils.cpp_extension.load",
+    "webbrowser.open", "urllib.request.urlopen", "hydra.utils.instantiate", "hydra.utils.call",
+    "omegaconf.OmegaConf.save", "numpy.load", "torch.load", "torch.hub.load", "torch.jit.load", "torch.save",
+    "torch.utils.cpp_extension.load",
     "torch.optim.optimizer.torch.load", "torch.nn.modules.module.torch.load", "torch.multiprocessing.spawn",
     "torch.utils.data.dataset.warnings.warn", "torch.nn.functional.relu", "torch.nn.modules.module.functools.partial",
     "torch.distributed.launcher.elastic_launch", "torch.utils.data.graph.io.open", "trainer.cli.main",
     "trainer.verbs.train", "trainer.config.door.importlib.import_module", "trainer.recipes.xor.sys.exit",
-    "trainer.recipes.xor.torch.load", "trainer.optim.builders.torch.load", "trainer.recipes.digits.Split.__init__.__globals__",
+    "trainer.recipes.xor.torch.load", "trainer.optim.builders.torch.load",
+    "trainer.recipes.digits.Split.__init__.__globals__",
     "trainer.optim.update.torch.hub.load", "trainer.loop.Trainer", "trainer.errors.difflib.SequenceMatcher",
 ]  # fmt: skip
 PLACES = ["model", "objective", "optimizer", "schedule", "source", "argument", "other"]
@@ -35,7 +37,11 @@ def test_hostile_targets_are_refused_in_every_place(name, tmp_path):
 
 
 def test_a_refusal_says_the_words_that_would_allow_it():
-    for name, trust in (("json.JSONEncoder", ["json"]), ("torch.get_num_threads", ["torch"]), ("os.getcwd", ["os", "posix"])):
+    for name, trust in (
+        ("json.JSONEncoder", ["json"]),
+        ("torch.get_num_threads", ["torch"]),
+        ("os.getcwd", ["os", "posix"]),
+    ):
         for number, package in enumerate(trust):
             with pytest.raises(ConfigError) as caught:
                 Door(trust=trust[:number]).make({"_target_": name}, "model", "model")
@@ -58,7 +64,13 @@ def test_naming_a_module_does_not_import_it(tmp_path, monkeypatch):
     [
         ("model", "torch.nn.Linear", {"in_features": 2, "out_features": 1}, (), torch.nn.Linear),
         ("objective", "torch.nn.CrossEntropyLoss", {"label_smoothing": 0.1}, (), torch.nn.CrossEntropyLoss),
-        ("optimizer", "torch.optim.RMSprop", {"lr": 0.1}, ([torch.nn.Parameter(torch.ones(1))],), torch.optim.Optimizer),
+        (
+            "optimizer",
+            "torch.optim.RMSprop",
+            {"lr": 0.1},
+            ([torch.nn.Parameter(torch.ones(1))],),
+            torch.optim.Optimizer,
+        ),
         ("source", "torch.utils.data.TensorDataset", {}, (torch.ones(2),), Dataset),
     ],
 )
@@ -72,14 +84,19 @@ def test_of_torch_each_place_takes_its_kind_and_no_other(place, name, keywords, 
 
 
 def test_a_loss_function_becomes_the_function_with_its_arguments():
-    loss = Door().make({"_target_": "torch.nn.functional.cross_entropy", "label_smoothing": 0.1}, "objective", "objective")
+    loss = Door().make(
+        {"_target_": "torch.nn.functional.cross_entropy", "label_smoothing": 0.1}, "objective", "objective"
+    )
     assert loss.func is torch.nn.functional.cross_entropy and loss.keywords == {"label_smoothing": 0.1}
     plain = Door().make({"_target_": "torch.nn.functional.mse_loss"}, "objective", "objective")
     assert plain is torch.nn.functional.mse_loss
 
 
 def test_nodes_in_arguments_are_made_and_judged():
-    node = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}]}
+    node = {
+        "_target_": "torch.nn.Sequential",
+        "_args_": [{"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}],
+    }
     assert isinstance(Door().make(node, "model", "model")[0], torch.nn.Linear)
     for nested in ({"x": [{"deep": {"_target_": "os.system"}}]}, {"_args_": [[{"_target_": "os.system"}]]}):
         with pytest.raises(ConfigError, match=r"_target_=os\.system is refused"):
@@ -128,24 +145,35 @@ def test_code_beside_the_recipe_is_trusted(own):
     assert own.find("door_model.smooth", "objective", "objective").keywords == {"label_smoothing": 0.1}
 
 
-@pytest.mark.parametrize("name", ["door_model.os.system", "door_model.system", "door_model.shell", "os.system"])
-def test_what_that_code_imported_itself_is_not(own, name):
-    with pytest.raises(ConfigError, match="refused|has no 'os'"):
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("door_model.os.system", "door_model has no 'os'"),
+        ("door_model.system", "is refused, as it comes from (posix|nt)"),
+        ("door_model.shell", "is refused, as it comes from (posix|nt)"),
+        ("os.system", "would run code of the package 'os'"),
+    ],
+)
+def test_what_that_code_imported_itself_is_not(own, name, sentence):
+    with pytest.raises(ConfigError, match=sentence):
         own.make({"_target_": name, "_args_": ["touch canary"]}, "model", "model")
 
 
 def test_a_module_of_the_same_name_from_elsewhere_is_not_taken_for_the_recipes(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "hypothesis.py").write_text("")
+    (tmp_path / "pytest.py").write_text("")
     with pytest.raises(ConfigError, match="imported already from elsewhere"):
-        Door(folders=[tmp_path]).make({"_target_": "hypothesis.given"}, "model", "model")
+        Door(folders=[tmp_path]).make({"_target_": "pytest.raises"}, "model", "model")
 
 
 def test_wrong_names_and_arguments_are_sentences_and_the_users_errors_are_his(own):
     for node, sentence in (
         ({"_target_": "door_model.Nett"}, "door_model has no 'Nett': did you mean 'Net'?"),
         ({"_target_": "door_model.number"}, "door_model.number is int, which cannot be called"),
-        ({"_target_": "door_model.Net", "widht": 3}, "there is no 'model.widht': of what door_model.Net takes, did you mean 'width'?"),
+        (
+            {"_target_": "door_model.Net", "widht": 3},
+            "there is no 'model.widht': of what door_model.Net takes, did you mean 'width'?",
+        ),
         ({"_target_": "door_model.Net", "width": "x"}, "model.width='x' is not possible: door_model.Net wants int."),
         ({"_target_": "door_model.Net", "_convert_": "all"}, "model._convert_ is not supported"),
         ({"_target_": "door_model.Net", "_partial_": 3}, "model._partial_=3 is not possible"),

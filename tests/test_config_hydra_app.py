@@ -13,9 +13,9 @@ from trainer.errors import ConfigError
 RECIPE = """# @package _global_
 # trainer train recipe=mine --config-dir .
 defaults:
+{defaults}
   - override /optimizer: sgd
   - override /schedule: cosine
-{defaults}
 model: {{_target_: my_model.Net, width: 3}}
 objective: {{_target_: torch.nn.MSELoss}}
 optimizer: {{lr: 0.5, momentum: 0.9}}
@@ -39,7 +39,7 @@ def own(tmp_path):
         (tmp_path / "recipe").mkdir(exist_ok=True)
         (tmp_path / "recipe" / "mine.yaml").write_text(RECIPE.format(more=more, defaults=defaults))
         for path, text in dict(files).items():
-            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(text)
         with hydra_app.opened(tmp_path) as (_, loader):
             return hydra_app.composed(hydra_app.compose(loader, name, ["recipe=mine", *overrides]))
@@ -51,8 +51,13 @@ def test_the_recipe_overlays_the_groups_and_the_command_line_the_recipe(own):
     tree = own("data.batch_size=7")
     assert tree["recipe"] == "mine"
     assert tree["optimizer"] == {
-        "_target_": "trainer.optim.sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0.0, "nesterov": False, "groups": []
-    }  # fmt: skip
+        "_target_": "trainer.optim.sgd",
+        "lr": 0.5,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "nesterov": False,
+        "groups": [],
+    }
     assert tree["schedule"]["_target_"] == "trainer.optim.schedules.cosine"
     assert tree["data"]["batch_size"] == 7
 
@@ -120,8 +125,24 @@ def test_the_command_line_and_ones_own_root_and_machine_can(own):
     ],
 )
 def test_a_recipe_cannot_make_hydra_call_anything(own, node):
-    with pytest.raises(ConfigError, match=r"recipe/mine.yaml sets hydra\.\w+, and of hydra it may only set"):
+    with pytest.raises(ConfigError, match=r"recipe/mine.yaml sets hydra\.\w+, where it may only set"):
         own(more=f"hydra: {node}")
+
+
+@pytest.mark.parametrize(
+    "word", ["trust", "+trust", "trust.0", "hydra.launcher._target_", "++hydra.job.chdir", "a=1 trust"]
+)
+def test_nor_can_it_do_so_through_a_sweep(own, word):
+    with pytest.raises(ConfigError, match="which only you can say"):
+        own(more=f"hydra: {{sweeper: {{params: {{'{word}': '[os]'}}}}}}")
+
+
+def test_nor_through_the_file_of_a_machine_or_a_group_of_hydra(own):
+    with pytest.raises(ConfigError, match="local/default.yaml says whom to trust"):
+        own(defaults="  - /local/default@_global_", files={"local/default.yaml": "trust: [os]\n"})
+    evil = {"hydra/launcher/evil.yaml": "_target_: os.system\n", "local/default.yaml": ""}
+    with pytest.raises(ConfigError, match="recipe/mine.yaml takes hydra/launcher/evil.yaml|what Hydra calls only you"):
+        own(defaults="  - override /hydra/launcher: evil", files=evil)
 
 
 def test_a_recipe_may_say_where_its_runs_lie_and_what_its_sweep_takes(own):
@@ -164,7 +185,10 @@ SENTENCES = [
     (["foo@bar=3"], "there is no setting 'foo': choose one of:"),
     (["hydra.run.dirr=3"], "there is no setting 'hydra.run.dirr': did you mean 'hydra.run.dir'?"),
     (["precision=fp16"], "precision='fp16' is not possible"),
-    (["activation_checkpointing=budget"], "there is no activation_checkpointing 'budget': choose one of: none, segments."),
+    (
+        ["activation_checkpointing=budget"],
+        "there is no activation_checkpointing 'budget': choose one of: none, segments.",
+    ),
     (["model._target_=os.system"], "model._target_=os.system is refused"),
 ]
 
@@ -195,24 +219,31 @@ def test_folders_are_named_by_the_recipe_and_the_time_or_the_runs_name(shipped, 
 
 
 KEYS = [
-    "seed", "precision", "gradient", "gradient.clip_norm", "gradient.accumulation_steps", "gradient.coefficients", "data",
-    "data.batch_size", "data.source", "limits.time", "loggers.others", "optimizer", "optimizer.lr", "optimizer.groups",
-    "model", "recipe", "schedule", "trust", "run", "best.mode", "activation_checkpointing", "debug", "hydra.mode", "hydra.job",
+    "seed", "precision", "gradient", "gradient.clip_norm", "gradient.accumulation_steps", "gradient.coefficients",
+    "data", "data.batch_size", "data.source", "limits.time", "loggers.others", "optimizer", "optimizer.lr",
+    "optimizer.groups", "model", "recipe", "schedule", "trust", "run", "best.mode", "activation_checkpointing", "debug",
+    "hydra.mode", "hydra.job",
 ]  # fmt: skip
 VALUES = [
-    "null", "true", "-1", "0", "1e400", "nan", "inf", "abc", "adamw", "digits", "[1,a]", "{a: 1}", "{1: {b: [nan]}}", "''",
-    "${seed}", "${nope.x}", "${oc.env:NOT_SET_ANYWHERE}", "'a,b'", "1,2", "range(1,3)", "[", "???", "{_target_: os.system}",
+    "null", "true", "-1", "0", "1e400", "nan", "inf", "abc", "adamw", "digits", "[1,a]", "{a: 1}", "{1: {b: [nan]}}",
+    "''",     "${seed}", "${nope.x}", "${oc.env:NOT_SET_ANYWHERE}", "'a,b'", "1,2", "range(1,3)", "[", "???",
+    "{_target_: os.system}",
     "{_target_: torch.load, f: x}", "${gradient}", "choice(1,2)", "fast", "segments",
 ]  # fmt: skip
 keys = st.sampled_from(KEYS)
-wrong = st.builds(lambda key, at: key[:at] + key[at + 1 :], keys, st.integers(0, 12)) | st.text("abc.@/_", min_size=1, max_size=5)
+wrong = st.builds(lambda key, at: key[:at] + key[at + 1 :], keys, st.integers(0, 12)) | st.text(
+    "abc.@/_", min_size=1, max_size=5
+)
 words = st.builds(
-    "".join, st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), keys | wrong, st.just("="), st.sampled_from(VALUES))
+    "".join,
+    st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), keys | wrong, st.just("="), st.sampled_from(VALUES)),
 )
 
 
 @given(st.lists(words, min_size=1, max_size=3))
-@settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=30, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), derandomize=True
+)
 def test_any_words_make_a_valid_config_or_one_sentence_that_names_one_of_them(shipped, overrides):
     try:
         Jobs("train", None).check(hydra_app.compose(shipped, "train", ["recipe=digits", *overrides]))

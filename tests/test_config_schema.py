@@ -17,7 +17,11 @@ def whole(**changes):
         "recipe": "mine",
         "model": {"_target_": "trainer.recipes.digits.mlp", "width": 4},
         "objective": {"_target_": "torch.nn.MSELoss"},
-        "optimizer": {"_target_": "trainer.optim.adamw", "lr": 0.1, "groups": [{"match": ["norms"], "weight_decay": 0.0}]},
+        "optimizer": {
+            "_target_": "trainer.optim.adamw",
+            "lr": 0.1,
+            "groups": [{"match": ["norms"], "weight_decay": 0.0}],
+        },
     }
     tree["data"]["source"] = {"_target_": "trainer.recipes.digits.images"}
     tree["limits"]["epochs"] = 1
@@ -69,8 +73,19 @@ def test_what_does_not_fit_is_one_sentence_with_the_key(changes, sentence):
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-plain = st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats() | st.text(max_size=6) | st.sampled_from(("auto", "mean"))
-anything = st.recursive(plain, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=2), max_leaves=4)
+plain = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**20)
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(("auto", "mean"))
+)
+anything = st.recursive(
+    plain,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=2),
+    max_leaves=4,
+)
 
 
 @st.composite
@@ -94,7 +109,7 @@ def changed(draw):
 
 
 @given(changed())
-@settings(max_examples=260, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=270, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_any_config_is_valid_or_one_sentence_that_names_the_key(example):
     tree, keys = example
     try:
@@ -103,7 +118,13 @@ def test_any_config_is_valid_or_one_sentence_that_names_the_key(example):
     except ConfigError as error:
         assert error.exit_code == 2
         said = str(error)
-        related = {"limits": "run would never end", "init": "resume", "resume": "init", "recipe": "recipe", "evaluation": "limits"}
+        related = {
+            "limits": "run would never end",
+            "init": "resume",
+            "resume": "init",
+            "recipe": "recipe",
+            "evaluation": "limits",
+        }
         assert any(key in said or related.get(key, "\0") in said for key in keys), said
     else:
         assert isinstance(config.settings, Settings) and set(fields_of(Settings)) <= set(tree)

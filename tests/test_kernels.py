@@ -315,6 +315,10 @@ def test_the_change_is_counted_as_any_in_place_change() -> None:
 # The guards
 
 
+class Bare(AdamW):
+    """A subclass that changes nothing that can be seen."""
+
+
 class Halved(AdamW):
     """A subclass of the caller's."""
 
@@ -345,17 +349,24 @@ def test_plain_fused_optimizers_are_updated_directly(name: str) -> None:
     "make",
     [
         lambda p: Halved(p, fused=True),
+        lambda p: Bare(p, fused=True),
         lambda p: Adagrad(p, fused=True),
         lambda p: AdamW(p),
         lambda p: AdamW(p, foreach=True),
         lambda p: SGD(p, lr=0.1, fused=False),
-        lambda p: Adam(p, differentiable=True),
     ],
-    ids=["subclass", "another class", "default", "foreach", "not fused", "differentiable"],
+    ids=["subclass", "bare subclass", "another class", "default", "foreach", "not fused"],
 )
 def test_other_optimizers_take_their_own_step(make: Make) -> None:
     _, optimizer = ready(make)
     assert not kernels.can_update_directly(optimizer)
+
+
+def test_a_differentiable_optimizer_takes_its_own_step() -> None:
+    assert not kernels.can_update_directly(Adam(make_parameters(), differentiable=True))
+    _, optimizer = ready(MAKERS["adamw"])
+    optimizer.param_groups[0]["differentiable"] = True
+    assert not kernels.update_directly(optimizer, None)
 
 
 @pytest.mark.parametrize("where", ["pre", "post", "global pre", "global post"])
@@ -417,7 +428,7 @@ def test_a_step_that_was_replaced_on_the_class_is_called(patched_sgd: list[str])
 
 
 def test_a_step_that_was_replaced_on_the_instance_is_called() -> None:
-    parameters, optimizer = ready(MAKERS["sgd"])
+    _, optimizer = ready(MAKERS["sgd"])
     calls: list[str] = []
     optimizer.step = lambda: calls.append("step")  # type: ignore[method-assign,assignment]
     assert not direct_or_step(optimizer)

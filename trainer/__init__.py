@@ -41,7 +41,7 @@ _HOMES = {
     "GradientError": "trainer.errors",
 }
 
-__all__ = [  # noqa: F822 (they are found by __getattr__)
+__all__ = [
     "CheckpointError",
     "ConfigError",
     "Cotangents",
@@ -69,4 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return [*__all__, "__version__"]

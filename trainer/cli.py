@@ -5,6 +5,7 @@ A wrong word is one sentence on stderr and exit code 2, before torch is imported
 
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from trainer.errors import ConfigError, TrainerError, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from trainer.config.schema import Words
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -94,7 +97,7 @@ def _with_hydra(verb: str, parser: Any, options: Any) -> int:
         if options.hydra_help:
             hydra.hydra_help(config_name=name, args_parser=parser, args=options)
         elif options.cfg:
-            hydra_app.show(hydra, loader, name, options)
+            hydra_app.show(loader, name, options)
         elif options.info:
             hydra_app.inform(hydra, name, options)
         elif options.shell_completion:
@@ -145,13 +148,15 @@ class Jobs:
         folder, number, overrides = hydra_app.this_job()
         prefix = "" if number is None else f"job {number}: "
         if number is not None:
-            print(f"{prefix}{' '.join(overrides)}", flush=True)
+            print(f"{prefix}{shlex.join(overrides)}", flush=True)
         try:
             config, door = self._read(hydra_app.values(composed))
             from trainer import verbs
 
-            value, code = verbs.train(config, door, folder) if self.verb == "train" else verbs.evaluate(config, door)
-            self.code = self.code or code
+            if self.verb == "eval":
+                value = verbs.evaluate(config, door)
+            else:
+                value = verbs.train(config, door, folder, self._go_on(config.words, folder, overrides))
             if number is not None:
                 print(f"{prefix}{config.settings.best.metric} {value:g}", flush=True)
             return value
@@ -159,7 +164,7 @@ class Jobs:
             say(error, prefix)
             self.code = self.code or error.exit_code
         except BrokenPipeError:
-            raise
+            self.code = BROKEN_PIPE
         except Exception as error:
             from trainer.config.traceback import print_users
 
@@ -168,3 +173,12 @@ class Jobs:
             print_users(error)
             self.code = self.code or USERS_OWN
         return math.nan
+
+    def _go_on(self, words: "Words", folder: Path, overrides: list[str]) -> str:
+        """The words that go on with this run. Its folder is found by its name where it lies in its usual place."""
+        usual = Path("outputs") / (words.recipe or "run")
+        own = [word for word in overrides if word.partition("=")[0] not in ("resume", "init")]
+        if words.run is None:
+            own.append(f"run={folder.name}" if folder.parent == usual else f"resume={folder.as_posix()}")
+        where = ["--config-dir", str(self.config_dir)] if self.config_dir else []
+        return shlex.join(["trainer", "train", *own, *where])

@@ -4,16 +4,15 @@ The gradient mode is the one asked for; each submodule's train or eval mode, eve
 for bit what they were before. Sums are weighed as in training, so the last, shorter micro-batch counts by its weight.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
-from trainer import rng
-from trainer.errors import ConfigError
-from trainer.gradient.explain import explained
+from trainer import modes, rng
+from trainer.errors import ConfigError, DataError
+from trainer.gradient.explain import explain
 from trainer.gradient.objective import MEAN, Sum, Weigher, terms_of
 from trainer.gradient.precision import autocast
 from trainer.gradient.weights import host_number
@@ -59,12 +58,21 @@ class Evaluation:
     def __call__(
         self, model: Any, micro_batches: Iterable[Any], optimizers: Sequence[Any] = ()
     ) -> tuple[dict[str, float], int]:
-        """The weighted means by name, `loss` first, and how many rows they are of."""
+        """The weighted means by name, `loss` first, and how many rows they are of.
+
+        NaN where nothing weighs anything. Raises DataError where there is no micro-batch, ConfigError for a metric that
+        cannot be summed or has a name that is taken.
+        """
         terms: dict[str, list[Any]] = {}
         metrics: dict[str, list[Any]] = {}
         objects = self._torchmetrics()
         rows = 0
-        with _left_as_it_was(model, optimizers), _MODES[self.grad_mode](), self._autocast or nullcontext():
+        with (
+            rng.preserved(),
+            modes.in_eval(model, optimizers),
+            _MODES[self.grad_mode](),
+            self._autocast or nullcontext(),
+        ):
             for metric in objects.values():
                 metric.reset()
             for micro_batch in micro_batches:
@@ -73,32 +81,54 @@ class Evaluation:
                     self._add_terms(model, micro_batch, terms)
                     self._add_metrics(model, micro_batch, metrics, objects)
                 except RuntimeError as error:
-                    raise explained(error, model) from error
-            means = {name: _mean(*pair) for name, pair in terms.items()}
-            loss = sum(self._coefficients.get(name, 1.0) * value for name, value in means.items())
-            found = {"loss": loss, **{name: value for name, value in means.items() if name != MEAN}}
-            found.update({name: _mean(*pair) for name, pair in metrics.items()})
-            found.update({name: float(metric.compute()) for name, metric in objects.items()})
-        return found, rows
+                    explain(error, model)
+                    raise
+            if not terms:
+                raise DataError("the evaluation data gave no micro-batch: it is empty.")
+            found = {"loss": self._loss(terms), **{name: _mean(*pair) for name, pair in terms.items() if name != MEAN}}
+            own = {name: _mean(*pair) for name, pair in metrics.items()}
+            own.update({name: float(metric.compute()) for name, metric in objects.items()})
+        for name in own:
+            if name in found:
+                raise ConfigError(f"the metric '{name}' has the name of one of the objective's terms: choose another.")
+        return {**found, **own}, rows
+
+    def _loss(self, terms: Mapping[str, list[Any]]) -> float:
+        """As a step's report has it: a term that weighs nothing has no mean and says nothing about the others."""
+        weighed = {name: pair for name, pair in terms.items() if float(pair[1])}
+        if not weighed:
+            return float("nan")
+        return sum(self._coefficients.get(name, 1.0) * _mean(*pair) for name, pair in weighed.items())
 
     def _add_terms(self, model: Any, micro_batch: Any, sums: dict[str, list[Any]]) -> None:
         for term in terms_of(self._objective(model, micro_batch), self._objective):
             weight = term.weight if term.weight is not None else self._weigher.mean_weight(term.name, micro_batch)
             if isinstance(weight, float) and weight == 0.0:
-                continue
-            total = term.number() * weight if term.weight is None else term.number()
+                total: Any = 0.0  # the mean of nothing is NaN
+            else:
+                total = term.number() * weight if term.weight is None else term.number()
             _accumulate(sums, term.name, total, weight)
 
     def _add_metrics(
         self, model: Any, micro_batch: Any, sums: dict[str, list[Any]], objects: Mapping[str, Any]
     ) -> None:
         if objects:
+            if not isinstance(micro_batch, list | tuple) or len(micro_batch) != 2:
+                raise ConfigError(
+                    "torchmetrics objects are given the outputs and targets of (inputs, targets) pairs, the data has "
+                    f"{type(micro_batch).__name__}: give a function metrics(model, micro_batch) -> {{name: Sum}}."
+                )
             inputs, targets = micro_batch
             outputs = model(inputs) if callable(model) else model.forward(inputs)
             for metric in objects.values():
                 metric.update(outputs, targets)
         elif callable(self._metrics):
-            for name, answer in self._metrics(model, micro_batch).items():
+            answers = self._metrics(model, micro_batch)
+            if not isinstance(answers, Mapping):
+                raise ConfigError(
+                    f"metrics(...) returned {type(answers).__name__}: return {{name: Sum(total, weight)}}."
+                )
+            for name, answer in answers.items():
                 if name == "loss" or not isinstance(answer, Sum):
                     raise ConfigError(
                         f"the metric '{name}' is {type(answer).__name__}: return Sum(total, weight) under a name other "
@@ -129,25 +159,3 @@ def _accumulate(sums: dict[str, list[Any]], name: str, total: Any, weight: Any) 
 def _mean(total: Any, weight: Any) -> float:
     weight = float(weight)
     return float(total) / weight if weight else float("nan")
-
-
-@contextmanager
-def _left_as_it_was(model: Any, optimizers: Sequence[Any]) -> Iterator[None]:
-    """The model in eval mode, optimizers that have modes too (schedule-free ones); afterwards all as it was."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    switched = [o for o in optimizers if callable(getattr(o, "eval", None)) and callable(getattr(o, "train", None))]
-    generators = rng.capture()
-    if modes:
-        model.eval()
-    for optimizer in switched:
-        optimizer.eval()
-    try:
-        yield
-    finally:
-        for optimizer in switched:
-            optimizer.train()
-        if modes and modes[0][1]:
-            model.train()  # what a module of the user's does on train() and eval() it does in pairs
-        for module, training in modes:
-            module.training = training
-        rng.restore(generators)

@@ -1,6 +1,7 @@
 """The run: window → step → report → loggers → evaluate → checkpoint → stop."""
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import rng, summary
+from trainer import modes, rng, summary
 from trainer.checkpoint.run_state import BEST, LAST, RunState
-from trainer.data.sources import Source, TensorSource, place, source_of
+from trainer.data.sources import Source, source_of
 from trainer.data.windows import Window, windows
+from trainer.device import device_of, placed
 from trainer.due import Due
-from trainer.errors import ConfigError, DivergedError
+from trainer.errors import ConfigError, DataError, DivergedError, TrainerError
 from trainer.evaluate import Evaluation, Metrics
+from trainer.gradient.parameters import named_modules
 from trainer.gradient.precision import width
 from trainer.gradient.report import Report
 from trainer.loggers.chosen import chosen
 from trainer.loggers.events import Evaluated, Logger, Start, Stop
+from trainer.loggers.together import Together
 from trainer.settings import Settings, from_flat
 from trainer.step import Step
-
-# Data in memory up to this many bytes is moved to a device once instead of batch by batch.
-_MOVED_WHOLE = 1 << 30
 
 
 class Trainer:
@@ -70,10 +71,10 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.recipe = recipe
         self.config = config or {}
-        self._device, self._moves = _device_of(self.settings.device, model)
-        self._width = width(self.settings.precision)
+        self._device = device_of(self.settings.device, model)
+        dtype = width(self.settings.precision)
         if isinstance(model, nn.Module):
-            model.to(self._device, self._width)
+            model.to(self._device, dtype)
         if self.settings.tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         self.step = Step(
@@ -86,10 +87,12 @@ class Trainer:
             count_rows=count_rows,
             gradient=self.settings.gradient,
         )
-        self._source = self._placed(source_of(data, self.settings.data))
+        self._source = placed(source_of(data, self.settings.data), self._device, dtype)
         self._held_out: Source | None = None
         if evaluation_data is not None:
-            self._held_out = self._placed(source_of(evaluation_data, self.settings.data, evaluation=True))
+            self._held_out = placed(
+                source_of(evaluation_data, self.settings.data, evaluation=True), self._device, dtype
+            )
         self._evaluation = Evaluation(
             objective,
             metrics,
@@ -99,11 +102,13 @@ class Trainer:
             self.settings.precision,
             self._device.type,
         )
-        self._loggers: list[Logger] = [*chosen(self.settings.loggers, self.folder), *loggers]
+        self._loggers = Together([*chosen(self.settings.loggers, self.folder), *loggers])
         self.state = RunState(model, self.step, self.settings, self.folder, self.config)
         self.go_on: str | None = None
         self.last_report: Report | None = None
-        self._metrics: dict[str, float] = {}
+        self._rewind = rng.Rewind()
+        self._marked = -1
+        self._torn = False
         self._began = 0.0
 
     def fit(self, resume: str | Path = "never") -> Stop:
@@ -118,18 +123,26 @@ class Trainer:
         if limits.epochs is limits.steps is limits.rows is limits.time is None:
             raise ConfigError("no limit is set, so the run would never end: set limits.epochs, steps, rows or time.")
         resumed = self.state.resume(resume)
+        if self._torn and resumed is None:
+            raise TrainerError(
+                "the run was stopped while a step went into the parameters, which are between two steps now: go on from "
+                "a checkpoint (resume=), or make the model and the Trainer anew."
+            )
+        self._torn = False
         if self.settings.seed is not None and resumed is None and not self.step.clocks.windows:
             rng.seed_all(self.settings.seed)
         notes = self._set_train_mode()
+        self._rewind = rng.Rewind()
         self._began = time.monotonic()
         start = self._start(resumed, notes)
-        for logger in self._loggers:
-            logger.start(start)
         try:
+            self._loggers.start(start)
             reason = self._run()
         except BaseException as error:
-            # A window that was cut off inside finish() may be half in the parameters: such a state is not kept.
-            keep = not self.step.is_open and not isinstance(error, DivergedError)
+            self._torn = _inside_update(error)
+            keep = not (self._torn or self.step.is_open or isinstance(error, DivergedError))
+            if keep and self._marked == self.step.clocks.windows:
+                self._rewind.back()  # the window was given up: what it drew is drawn again when the run goes on
             self._stop("stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"stopped by {error!r}", keep)
             raise
         return self._stop(reason, keep=True)
@@ -152,8 +165,10 @@ class Trainer:
         save = Due(self.settings.checkpoint.every if self.folder else None, self.settings.checkpoint.clock)
         for due in (log, evaluate, save):
             due.start(clocks)
-        ticks = [logger.tick for logger in self._loggers if hasattr(logger, "tick")]
+        ticks = self._loggers.ticks
         report: Report | None = None
+        if self.state.owes_evaluation and self._held_out is not None:
+            self._evaluated()
         reason = self._reached()
         while reason is None:
             for window in self._windows():
@@ -168,34 +183,49 @@ class Trainer:
                 if evaluate(clocks):
                     self._evaluated()
                 if save(clocks):
-                    self.state.save(LAST)
-                if (reason := self._reached()) is not None:
+                    self._save(LAST)
+                if self._reached():
                     break
-            else:
+            reason = self._reached()
+            if reason is None or self.state.position == self._source.length():
                 self.state.next_epoch()
                 if evaluate(clocks):
                     self._evaluated()
                 if save(clocks):
-                    self.state.save(LAST)
+                    self._save(LAST)
                 reason = self._reached()
         if report is not None:
             self._log(report)
         if self._held_out is not None and self.state.evaluated_at != clocks.windows:
-            self._evaluated()
+            self._evaluated(due=False)
         return reason
 
     def _windows(self) -> Iterator[Window]:
         """The rest of this epoch, window by window."""
-        state = self.state
-        batches = self._source.micro_batches(state.order_seed, self.step.clocks.epochs, state.position)
-        if self._moves or (self._width is not None and not isinstance(self._source, TensorSource)):
-            batches = (place(batch, self._device, self._width) for batch in batches)
+        clocks, rewind = self.step.clocks, self._rewind
+        rewind.mark()
+        self._marked = clocks.windows
         count = 0
-        for window in windows(batches, self.settings.gradient.accumulation_steps):
+        for window in windows(self._micro_batches(), self.settings.gradient.accumulation_steps):
             count += 1
             yield window
-        if not count and not state.position:
-            raise ConfigError("the data gave no micro-batch in a whole epoch: it is empty.")
+            rewind.mark()
+            self._marked = clocks.windows
+        if not count and not self.state.position:
+            raise DataError("the data gave no micro-batch in a whole epoch: it is empty.")
+
+    def _micro_batches(self) -> Iterator[Any]:
+        """The rest of this epoch. Data that draws its order from the generators draws it again as the epoch began."""
+        state = self.state
+        place = state.order_seed, self.step.clocks.epochs, state.position
+        if self._source.owns_order:
+            return self._source.micro_batches(*place)
+        if not state.position or state.epoch_rng is None:
+            state.epoch_rng = rng.capture()
+            return self._source.micro_batches(*place)
+        with rng.preserved():
+            rng.restore(state.epoch_rng)
+            return self._source.micro_batches(*place)
 
     def _reached(self) -> str | None:
         """Which limit is reached, in words."""
@@ -214,8 +244,7 @@ class Trainer:
 
     def _skipped(self, report: Report) -> None:
         """Tell the loggers, and stop a run that only skips. On a device it comes when the report is read anyway."""
-        for logger in self._loggers:
-            logger.skip(report)
+        self._loggers.skip(report)
         most = self.settings.limits.skips_in_a_row
         if most is not None and int(self.step.skips_in_a_row) >= most:
             raise DivergedError(
@@ -224,30 +253,36 @@ class Trainer:
             )
 
     def _log(self, report: Report) -> None:
+        self._rewind.look()
         if report._skipped is not True and report.skipped:
             self._skipped(report)
-        seconds = time.monotonic() - self._began
-        for logger in self._loggers:
-            logger.step(report, seconds)
+        self._loggers.step(report, time.monotonic() - self._began)
 
     def _evaluate(self) -> tuple[dict[str, float], int]:
         if self._held_out is None:
-            raise ConfigError("there is no evaluation data: give evaluation_data= (in a recipe: the Split's second part).")
-        batches = self._held_out.micro_batches(0, 0, 0)
-        if self._moves or (self._width is not None and not isinstance(self._held_out, TensorSource)):
-            batches = (place(batch, self._device, self._width) for batch in batches)
-        return self._evaluation(self.model, batches, self.step.optimizers)
+            raise ConfigError(
+                "there is no evaluation data: give evaluation_data= (in a recipe: the Split's second part)."
+            )
+        return self._evaluation(self.model, self._held_out_batches(self._held_out), self.step.optimizers)
 
-    def _evaluated(self) -> None:
+    def _held_out_batches(self, source: Source) -> Iterator[Any]:
+        # A generator: a DataLoader draws when it is first asked, which must lie inside the evaluation.
+        yield from source.micro_batches(0, 0, 0)
+
+    def _evaluated(self, due: bool = True) -> None:
         began = time.monotonic()
-        self._metrics, rows = self._evaluate()
-        best = self.state.judge(self._metrics)
+        self.state.owes_evaluation = due
+        metrics, rows = self._evaluate()
+        best = self.state.judge(metrics, due)
         clocks = self.step.clocks.as_dict()
-        event = Evaluated(self._metrics, clocks, rows, time.monotonic() - began, self._evaluation.grad_mode, best)
-        for logger in self._loggers:
-            logger.evaluate(event, self.model)
+        event = Evaluated(metrics, clocks, rows, time.monotonic() - began, self._evaluation.grad_mode, best)
+        self._loggers.evaluate(event, self.model)
         if best and self.folder is not None and self.settings.checkpoint.best:
-            self.state.save(BEST)
+            self._save(BEST)
+
+    def _save(self, name: str) -> None:
+        self._loggers.flush()
+        self.state.save(name)
 
     def _start(self, resumed: Path | None, notes: list[str]) -> Start:
         return Start(
@@ -266,52 +301,40 @@ class Trainer:
         )
 
     def _stop(self, reason: str, keep: bool) -> Stop:
-        files = self.state.finish(keep)
-        stop = Stop(
-            reason=reason,
-            clocks=self.step.clocks.as_dict(),
-            skips=self.state.skips,
-            seconds=time.monotonic() - self._began,
-            metrics=self._metrics,
-            best=self.state.best,
-            files=files,
-            go_on=self.go_on if "checkpoint" in files else None,
-        )
-        for logger in self._loggers:
-            logger.stop(stop)
+        """Save, and tell the loggers, also where saving fails."""
+        try:
+            if keep:
+                self._loggers.flush()
+                self.state.finish()
+        finally:
+            files = self.state.files()
+            stop = Stop(
+                reason=reason,
+                clocks=self.step.clocks.as_dict(),
+                skips=self.state.skips,
+                seconds=time.monotonic() - self._began,
+                metrics=self.state.metrics,
+                best=self.state.best,
+                files=files,
+                go_on=self.go_on if "checkpoint" in files else None,
+            )
+            self._loggers.stop(stop)
         return stop
 
     def _set_train_mode(self) -> list[str]:
         """A model that is wholly in eval is put in train; mixed modes are taken as meant."""
-        if not isinstance(self.model, nn.Module) or any(module.training for module in self.model.modules()):
+        for optimizer in self.step.optimizers:
+            if modes.has_modes(optimizer):
+                optimizer.train()  # type: ignore[attr-defined]
+        modules = list(named_modules(self.model).values())
+        if not modules or any(module.training for module in modules):
             return []
-        self.model.train()
+        for module in modules:
+            module.train()
         return ["the model was wholly in eval mode: it was put in train mode."]
 
-    def _placed(self, source: Source) -> Source:
-        if isinstance(source, TensorSource):
-            size = sum(tensor.numel() * tensor.element_size() for tensor in source.tensors)
-            if not self._moves or size <= _MOVED_WHOLE:
-                return source.placed(self._device, self._width)
-        return source
 
-
-def _device_of(wanted: str, model: Any) -> tuple[torch.device, bool]:
-    """The device, and whether micro-batches have to be moved to it."""
-    if not isinstance(model, nn.Module):
-        return torch.device("cpu"), False
-    if wanted != "auto":
-        try:
-            device = torch.device(wanted)
-        except RuntimeError:
-            raise ConfigError(f"device={wanted!r} is no device: choose auto, cpu, cuda, cuda:0 or mps.") from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device={wanted} is not here: torch sees no CUDA device. Choose device=cpu or auto.")
-    elif torch.cuda.is_available():
-        device = torch.device("cuda")
-    elif torch.backends.mps.is_available():
-        device = torch.device("mps")
-    else:
-        device = torch.device("cpu")
-    return device, device.type != "cpu"
-
+def _inside_update(error: BaseException) -> bool:
+    """Whether it came while a step went into the parameters, which may hold half of it: such a state is not kept."""
+    updating = {Step._step.__code__, Step._step_if.__code__, Step._release.__code__}
+    return any(frame.f_code in updating for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -18,8 +18,8 @@ from torch import Tensor
 from trainer import kernels
 from trainer.activations.segments import segments_for
 from trainer.distributed.ranks import OneProcess, Ranks
-from trainer.errors import CheckpointError, ConfigError, DivergedError, did_you_mean
-from trainer.gradient import norms, skips
+from trainer.errors import ConfigError, DivergedError
+from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.explain import explain
@@ -158,19 +158,23 @@ class Step:
             self.cancel()
             raise
         if report._skipped is True and self.settings.nonfinite == "raise" and report._reason != skips.ZERO_WEIGHT:
-            raise DivergedError(f"step {self.clocks.steps + 1} was not taken: {report.reason}. nonfinite=raise stops here.")
+            raise DivergedError(
+                f"step {self.clocks.steps + 1} was not taken: {report.reason}. nonfinite=raise stops here."
+            )
         return report
 
     # The stages, in the order above.
 
     def _finish(self, open_: OpenWindow, norms: bool) -> Report:
         gradients = self._gather()
-        self.ranks.sum_gradients(list(gradients.values()))  # all_reduce
+        self.ranks.sum_gradients([*gradients.values(), *open_.held_apart()])  # all_reduce
         factor = self._unscale(open_, gradients)  # unscale
         if self._aside or open_.apart():
             gradients = self._gather()
         bad, norm = self._inspect(open_, gradients, factor, norms)  # inspect
-        report = Report(open_.means, open_.weights(), self.settings.coefficients, (open_.micro_batches, open_.rows, open_.tokens))
+        report = Report(
+            open_.means, open_.weights(), self.settings.coefficients, (open_.micro_batches, open_.rows, open_.tokens)
+        )
         if norm is not None:
             report._grad_norm = norm * factor
         if open_.weighs_nothing():
@@ -229,8 +233,9 @@ class Step:
                 self._found.zero_()
             return self.ranks.any_flag(bad), norm
         found = torch.zeros_like(self._found)
-        losses = [torch.as_tensor(value, device=self._device).detach().clone() for _, _, value in open_.losses()]
-        norms.nonfinite([*gradients.values(), *losses], found, self._one)
+        losses = [torch.as_tensor(value, device=self._device) for _, _, value in open_.losses()]
+        # Stacked, they are a copy: the check multiplies what it checks, and the caller's loss is not ours to write to.
+        norms.nonfinite([*gradients.values(), *([torch.stack(losses)] if losses else [])], found, self._one)
         if nothing is not None:
             found = torch.maximum(found, nothing)
         if norm is not None:
@@ -296,7 +301,7 @@ class Step:
     # What the stages ask for.
 
     def _gather(self) -> dict[str, Tensor]:
-        """The gradients that there are, by name; sparse ones coalesced, so that their values can be changed in place."""
+        """The gradients that there are, by name; sparse ones coalesced, as their values are changed in place."""
         found = {}
         for name, parameter in self._parameters.items():
             gradient = parameter.grad
@@ -332,11 +337,12 @@ class Step:
     def cancel(self) -> None:
         """Give the open window up: parameters, buffers, optimizer and clocks as they were before it."""
         if self._open is not None:
-            self._buffers.put_back()
-            zero(self._parameters.values(), "set_to_none" if self.settings.zero_grad == "never" else self.settings.zero_grad)
+            self._open = None
+            zero_grad = self.settings.zero_grad
+            zero(self._parameters.values(), "set_to_none" if zero_grad == "never" else zero_grad)
             put_back(self._aside)
             self._aside = []
-            self._open = None
+            self._buffers.put_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Clocks, skips, schedule, and the open window with its gradients: numbers and tensors only.
@@ -347,58 +353,35 @@ class Step:
         if self._open is not None:
             self._open.check_whole()
             window = {"sums": self._open.state_dict(), "buffers": self._buffers.state_dict()}
-        aside = {id(parameter): gradient for parameter, gradient in self._aside}
-        stood = {name: aside.get(id(parameter)) for name, parameter in self._parameters.items()}
-        # Between windows `.grad` is still needed under `never`; under `zeros` it matters which parameters have one.
-        whole = window is not None or self.settings.zero_grad == "never"
-        names = {} if self.settings.zero_grad == "set_to_none" and not whole else self._gather()
         return {
             "clocks": self.clocks.state_dict(),
             "skips_in_a_row": int(self.skips_in_a_row),
             "expected": {name: float(weight) for name, weight in self._expected.items()},
             "rates": self.rates.state_dict(),
             "open": window,
-            "gradients": {name: gradient.clone() if whole else None for name, gradient in names.items()},
-            "aside": {name: gradient.clone() for name, gradient in stood.items() if gradient is not None},
+            "gradients": saved.save(self._gather(), self.settings.zero_grad, window is not None),
+            "aside": saved.save_aside(self._aside, self._parameters),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`. Where a window was open, the next call gets that window, drawn again.
+        """Go on from `state_dict()`, after the model and the optimizers have theirs. Where a window was open, the next
+        call gets that window, drawn again.
 
-        Raises CheckpointError for a gradient of a parameter that is not there or has another shape.
+        Raises CheckpointError, having changed nothing, for a gradient that does not fit the parameters.
         """
         self._find_parameters()
-        gradients, aside = state["gradients"], state["aside"]
-        for name, gradient in (*gradients.items(), *aside.items()):
-            if name not in self._parameters:
-                raise CheckpointError(
-                    f"the saved gradient of '{name}' has no parameter here: {did_you_mean(name, self._parameters)}"
-                )
-            if gradient is not None and gradient.shape != self._parameters[name].shape:
-                raise CheckpointError(
-                    f"the saved gradient of '{name}' has shape {tuple(gradient.shape)}, the parameter here "
-                    f"{tuple(self._parameters[name].shape)}: load it into the model that it was saved from."
-                )
+        for part in ("gradients", "aside"):
+            saved.check_fit(state[part], self._parameters)
         self.clocks.load_state_dict(state["clocks"])
         self.skips_in_a_row = int(state["skips_in_a_row"])
         self._expected = dict(state["expected"])
         self.rates.load_state_dict(state["rates"])
+        put_back(saved.load(state["gradients"], self._parameters))
         self._open, self._aside = None, []
-        for name, parameter in self._parameters.items():
-            parameter.grad = _loaded(gradients, name, parameter)
         window = state["open"]
-        if window is None:
-            return
-        self._open = OpenWindow(self.settings, self.weigher, self.ranks, None, self._expected)
-        self._open.load_state_dict(window["sums"])
-        self._buffers.load_state_dict(window["buffers"])
-        if self.settings.zero_grad == "never":
-            self._aside = [(p, _loaded(aside, name, p)) for name, p in self._parameters.items()]
-
-
-def _loaded(gradients: Mapping[str, Tensor | None], name: str, parameter: Tensor) -> Tensor | None:
-    """A saved gradient beside its parameter; zeros where only its name was saved, None where it had none."""
-    if name not in gradients:
-        return None
-    gradient = gradients[name]
-    return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.device, copy=True)
+        if window is not None:
+            self._open = OpenWindow(self.settings, self.weigher, self.ranks, None, self._expected)
+            self._open.load_state_dict(window["sums"])
+            self._buffers.load_state_dict(window["buffers"])
+            if self.settings.zero_grad == "never":
+                self._aside = saved.load(state["aside"], self._parameters)

@@ -1,9 +1,8 @@
 """What a run says of itself before it starts: the window as an equation, and what was assumed."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from trainer.data.sources import DatasetSource, TensorSource
+from trainer.data.sources import Source
 from trainer.gradient.objective import Supervised
 from trainer.optim.update import could_be_fused
 from trainer.settings import Settings
@@ -21,7 +20,7 @@ def parameter_count(step: Step) -> int:
     )
 
 
-def window(settings: Settings, source: Any, step: Step) -> str:
+def window(settings: Settings, source: Source, step: Step) -> str:
     """`window 4 × 64 rows = 256 rows, divided by rows`."""
     count = settings.gradient.accumulation_steps
     reduction = settings.gradient.reduction
@@ -33,13 +32,13 @@ def window(settings: Settings, source: Any, step: Step) -> str:
         "sum": "not divided",
         "micro_batches": f"each micro-batch divided by {what}, their sum by {count}",
     }[reduction]
-    if not isinstance(source, TensorSource | DatasetSource):
+    if not source.cuts_rows:
         return f"window {count} micro-batches, {divided}"
     rows = settings.data.batch_size
     return f"window {count} × {rows} rows = {count * rows} rows, {divided}"
 
 
-def total_windows(settings: Settings, source: Any) -> int | None:
+def total_windows(settings: Settings, source: Source) -> int | None:
     """How many windows the run will draw, where its limits tell."""
     length = source.length()
     by_epochs = None
@@ -49,14 +48,16 @@ def total_windows(settings: Settings, source: Any) -> int | None:
     return min(known) if known else None
 
 
-def notes(step: Step, source: Any, settings: Settings) -> Sequence[str]:
+def notes(step: Step, source: Source, settings: Settings) -> Sequence[str]:
     """What was assumed, and what the user may want to know; a sentence each."""
     said = []
     if not isinstance(step.objective, Supervised) and not step.weigher.declares:
-        said.append("the objective tells no weight: its means are taken over rows, the first dimension of the first tensor.")
+        said.append(
+            "the objective tells no weight: its means are taken over rows, the first dimension of the first tensor."
+        )
     if not source.owns_order:
         said.append(
-            "the data's order is its own: a run that goes on inside an epoch walks the epoch again up to its place, and "
+            "the data's order is its own: a run that goes on inside an epoch walks it again up to its place, and "
             "is exact only where that gives the same micro-batches."
         )
     for optimizer in step.optimizers:

@@ -9,7 +9,7 @@ changed in between is refused, as saved-tensor hooks switch torch's own check of
 
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +101,53 @@ class Cut:
 class _Kept:
     """A buffer as it was before its segment ran. Without a copy it is itself still what it was."""
 
-    holder: nn.Module
     name: str
+    holder: nn.Module
+    key: str
     buffer: Tensor | None
     copy: Tensor | None
     version: int
+
+
+class _Again:
+    """The segment as it was: unchanged parameters, and copies of the buffers in place of the buffers.
+
+    Entered once for every time that backward walks through the segment.
+    """
+
+    def __init__(self, versions: list[tuple[str, Tensor, int]], kept: list[_Kept]) -> None:
+        self._versions = versions
+        self._kept = kept
+        self._now: list[Tensor | None] = []
+
+    def __enter__(self) -> None:
+        for name, parameter, version in self._versions:
+            if parameter._version != version:
+                raise _changed("parameter", name)
+        for one in self._kept:
+            if one.copy is None and one.buffer is not None and one.buffer._version != one.version:
+                raise _changed("buffer", one.name)
+        copies: dict[int, Tensor] = {}
+        self._now = [one.holder._buffers.get(one.key) for one in self._kept]
+        for one in self._kept:
+            value = one.buffer
+            if one.copy is not None:
+                value = copies.get(id(one.copy))
+                if value is None:
+                    value = copies[id(one.copy)] = one.copy.clone()
+            one.holder._buffers[one.key] = value
+
+    def __exit__(self, *_: object) -> None:
+        for one, buffer in zip(self._kept, self._now, strict=True):
+            one.holder._buffers[one.key] = buffer
+        self._now = []
+
+
+def _changed(what: str, name: str) -> GradientError:
+    return GradientError(
+        f"the {what} '{name}' was changed between forward and the recompute of its segment: the gradient would be "
+        f"silently wrong. Change {what}s after the step, or set activation_checkpointing=none."
+    )
 
 
 class _Segment:
@@ -113,7 +155,7 @@ class _Segment:
 
     def __init__(self, name: str, modules: list[tuple[str, nn.Module]]) -> None:
         self._modules = [(".".join(part for part in (name, own) if part), module) for own, module in modules]
-        self._left_alone: set[tuple[int, str]] = set()
+        self._left_alone: set[str] = set()
 
     def through(self, value: Any) -> Any:
         for _, module in self._modules:
@@ -127,7 +169,7 @@ class _Segment:
         kept = self._keep()
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), self._again(versions, kept)
+            return nullcontext(), _Again(versions, kept)
 
         value = checkpoint(
             forward, *inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **keywords
@@ -138,15 +180,16 @@ class _Segment:
     def _keep(self) -> list[_Kept]:
         kept = []
         copies: dict[int, Tensor] = {}
-        for _, outer in self._modules:
-            for module in outer.modules():
-                for name, buffer in module._buffers.items():
+        for prefix, outer in self._modules:
+            for where, module in outer.named_modules(prefix=prefix):
+                for key, buffer in module._buffers.items():
                     copy = None
                     if buffer is not None and not buffer.requires_grad:
                         copy = copies.get(id(buffer))
                         if copy is None:
                             copy = copies[id(buffer)] = buffer.clone()
-                    kept.append(_Kept(module, name, buffer, copy, 0 if buffer is None else buffer._version))
+                    version = 0 if buffer is None else buffer._version
+                    kept.append(_Kept(f"{where}.{key}" if where else key, module, key, buffer, copy, version))
         return kept
 
     def _let_go(self, kept: list[_Kept]) -> None:
@@ -157,40 +200,10 @@ class _Segment:
                 continue
             if isinstance(one.holder, _NormBase) or buffer.layout is not torch.strided:
                 continue  # the kernels of normalisation change buffers without raising the version
-            if buffer._version == one.version:
-                place = (id(one.holder), one.name)
-                if place in self._left_alone or torch.equal(buffer, copy):
-                    self._left_alone.add(place)
-                    one.copy = None
-
-    @contextmanager
-    def _again(self, versions: list[tuple[str, Tensor, int]], kept: list[_Kept]) -> Iterator[None]:
-        """The segment as it was: unchanged parameters, and copies of the buffers in place of the buffers."""
-        for name, parameter, version in versions:
-            if parameter._version != version:
-                raise self._changed("parameter", name)
-        copies: dict[int, Tensor] = {}
-        now = [(one.holder, one.name, one.holder._buffers.get(one.name)) for one in kept]
-        try:
-            for one in kept:
-                value = one.buffer
-                if one.copy is not None:
-                    value = copies.get(id(one.copy))
-                    if value is None:
-                        value = copies[id(one.copy)] = one.copy.clone()
-                elif value is not None and value._version != one.version:
-                    raise self._changed("buffer", one.name)
-                one.holder._buffers[one.name] = value
-            yield
-        finally:
-            for module, name, buffer in now:
-                module._buffers[name] = buffer
-
-    def _changed(self, what: str, name: str) -> GradientError:
-        return GradientError(
-            f"the {what} '{name}' was changed between forward and the recompute of its segment: the gradient would be "
-            f"silently wrong. Change {what}s after the step, or set activation_checkpointing=none."
-        )
+            alone = buffer._version == one.version
+            if alone and (one.name in self._left_alone or torch.equal(buffer, copy)):
+                self._left_alone.add(one.name)
+                one.copy = None
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, module in self._modules:
@@ -205,9 +218,9 @@ def segments_for(model: Any, wanted: ActivationCheckpointingSettings | int | Seq
     if wanted is None:
         return None
     if not isinstance(wanted, ActivationCheckpointingSettings):
-        number = wanted if isinstance(wanted, int) else None
-        patterns = [] if number is not None else [wanted] if isinstance(wanted, str) else list(wanted)
-        values = {"mode": "segments", "segments": number, "modules": patterns}
+        by_number = {"segments": wanted} if isinstance(wanted, int) else {}
+        by_name = {} if isinstance(wanted, int) else {"modules": [wanted] if isinstance(wanted, str) else list(wanted)}
+        values = {"mode": "segments", **by_number, **by_name}
         wanted = validated(ActivationCheckpointingSettings, values, "activation_checkpointing")
     if wanted.mode == "none":
         return None

@@ -1,41 +1,59 @@
 """What a checkpoint holds, one list; and how each part goes back. A checkpoint loads by shape: the structure comes from
 the code, only numbers from the file, and what does not fit is named."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainer import modes
 from trainer.checkpoint import store
 from trainer.errors import CheckpointError, did_you_mean
-from trainer.gradient.parameters import named_parameters
+from trainer.gradient.parameters import named_modules, named_parameters
+
+# States of torch's optimizers that have their parameter's shape; others (a counter, a factored average) have their own.
+_SHAPED = {
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum", "prev",
+    "step_size", "exp_inf", "ax",
+}  # fmt: skip
 
 
 def model_state(model: Any) -> dict[str, Tensor]:
-    """Parameters and buffers by the model's own names."""
+    """Parameters and buffers by the model's own names; of a plain object also the buffers of modules that it holds."""
     if not isinstance(model, nn.Module):
-        return {name: parameter.detach() for name, parameter in named_parameters(model).items()}
+        return {name: tensor.detach() for name, tensor in _of_plain_object(model).items()}
     state = dict(model.state_dict())
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"the model's state '{name}' is {type(value).__name__}: a checkpoint holds tensors and numbers only, so "
+                f"the model's state '{name}' is {type(value).__name__}: a checkpoint holds tensors and numbers, so "
                 "return a tensor from get_extra_state."
             )
     return state
 
 
-def load_model(model: Any, state: Mapping[str, Tensor], where: Path | str) -> None:
-    """Put numbers into the model's own tensors. Raises CheckpointError naming the first that does not fit."""
+def _of_plain_object(model: Any) -> dict[str, Tensor]:
+    found = named_parameters(model)
+    for prefix, module in named_modules(model).items():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}"] = buffer
+    return found
+
+
+def check_model(model: Any, state: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raises CheckpointError naming the first tensor that does not fit the model."""
     own = model_state(model)
     missing = [name for name in own if name not in state]
     left_over = [name for name in state if name not in own]
     if missing:
-        raise CheckpointError(f"{where} has no '{missing[0]}' ({len(missing)} missing): {did_you_mean(missing[0], state)}")
+        raise CheckpointError(
+            f"{where} has no '{missing[0]}' ({len(missing)} missing): {did_you_mean(missing[0], state)}"
+        )
     if left_over:
         raise CheckpointError(
             f"{where} holds '{left_over[0]}' ({len(left_over)} left over), which the model has not: "
@@ -51,16 +69,21 @@ def load_model(model: Any, state: Mapping[str, Tensor], where: Path | str) -> No
                 f"{where}: '{name}' is {_dtype(state[name])} there and {_dtype(tensor)} in the model: set precision as "
                 "it was."
             )
+
+
+def load_model(model: Any, state: Mapping[str, Tensor], where: Path | str) -> None:
+    """Put numbers into the model's own tensors. Raises CheckpointError, having changed none, where one does not fit."""
+    check_model(model, state, where)
     with torch.no_grad():
         if isinstance(model, nn.Module):
             model.load_state_dict(dict(state))
         else:
-            for name, parameter in named_parameters(model).items():
-                parameter.copy_(state[name])
+            for name, tensor in _of_plain_object(model).items():
+                tensor.copy_(state[name])
 
 
-def load_optimizers(optimizers: list[Any], states: list[Any], where: Path | str) -> None:
-    """Each optimizer's state. Raises CheckpointError where their number or a group does not fit."""
+def check_optimizers(optimizers: list[Any], states: list[Any], where: Path | str) -> None:
+    """Raises CheckpointError where the number of optimizers, a group or the shape of a state does not fit."""
     if len(optimizers) != len(states):
         raise CheckpointError(f"{where} holds {len(states)} optimizers, the run has {len(optimizers)}.")
     for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
@@ -71,18 +94,29 @@ def load_optimizers(optimizers: list[Any], states: list[Any], where: Path | str)
                 f"{where}: the groups of optimizer {index} hold {saved} parameters there and {own} in the run."
             )
         _check_shapes(optimizer, state, index, where)
+
+
+def load_optimizers(optimizers: list[Any], states: list[Any], where: Path | str) -> None:
+    """Each optimizer's state. Raises CheckpointError, having changed none, where one does not fit."""
+    check_optimizers(optimizers, states, where)
+    for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
 
 
 def _check_shapes(optimizer: Any, state: Mapping[str, Any], index: int, where: Path | str) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    known = type(optimizer).__module__.startswith("torch.")
     for place, values in state["state"].items():
+        if not isinstance(place, int) or not 0 <= place < len(parameters):
+            raise CheckpointError(
+                f"{where}: optimizer {index} has a state for parameter {place}, which it does not hold."
+            )
         for name, value in values.items():
-            shape = parameters[int(place)].shape
-            if isinstance(value, Tensor) and value.dim() and name != "step" and value.shape != shape:
+            shape = parameters[place].shape
+            if known and name in _SHAPED and isinstance(value, Tensor) and value.shape != shape:
                 raise CheckpointError(
-                    f"{where}: '{name}' of parameter {place} of optimizer {index} has shape {tuple(value.shape)} there, "
-                    f"its parameter {tuple(shape)}."
+                    f"{where}: '{name}' of parameter {place} of optimizer {index} has shape {tuple(value.shape)} "
+                    f"there, its parameter {tuple(shape)}."
                 )
             if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
                 raise CheckpointError(f"{where}: '{name}' of parameter {place} of optimizer {index} is not finite.")
@@ -93,23 +127,25 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
     if not callable(getattr(optimizer, "state_dict", None)):
         raise CheckpointError(f"{type(optimizer).__name__} has no state_dict(): its state cannot be saved.")
     state = optimizer.state_dict()
-    groups = [{name: _plain(value) for name, value in group.items()} for group in state["param_groups"]]
-    return {"state": state["state"], "param_groups": groups}
+    return {"state": state["state"], "param_groups": state["param_groups"]}
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu" else value
+def save_finished_model(path: Path, model: Any, optimizers: Sequence[Any] = ()) -> None:
+    """`model.safetensors` under the model's own names, tied parameters once, for use without this package.
 
-
-def save_finished_model(path: Path, model: Any) -> None:
-    """`model.safetensors` under the model's own names, tied parameters once, for use without this package."""
-    state = model_state(model)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    if isinstance(model, nn.Module):
-        store.replace(path, lambda file: save_model(model, file), size)
-    else:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-        store.replace(path, lambda file: save_file(tensors, file), size)
+    Optimizers that have modes (schedule-free ones) are in eval mode meanwhile: the file holds what they average.
+    """
+    with modes.averaged(optimizers):
+        tensors: dict[str, Tensor] = {}
+        seen = set()
+        for name, tensor in model_state(model).items():
+            place = _place(tensor)
+            if place not in seen:
+                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            if tensor.numel():
+                seen.add(place)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    store.replace(path, lambda file: save_file(tensors, file, metadata={"format": "pt"}), size)
 
 
 def load_start(path: Path, model: Any) -> None:
@@ -120,7 +156,10 @@ def load_start(path: Path, model: Any) -> None:
     if not path.exists():
         raise CheckpointError(f"{path} is not there: name a checkpoint, a model.safetensors or a run's folder.")
     if store.is_checkpoint(path):
-        load_model(model, store.load(path)["model"], path)
+        state = store.load(path)
+        if not isinstance(state.get("model"), dict):
+            raise CheckpointError(f"{path} holds no model: it was not written whole, or by another version.")
+        load_model(model, state["model"], path)
         return
     try:
         state = load_file(path)
@@ -132,12 +171,17 @@ def load_start(path: Path, model: Any) -> None:
 def _tied(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names that stand for a tensor which the file holds under another name."""
     own = model_state(model)
-    by_storage = {tensor.data_ptr(): name for name, tensor in own.items() if name in state and tensor.numel()}
+    by_place = {_place(tensor): name for name, tensor in own.items() if name in state and tensor.numel()}
     return {
-        name: state[by_storage[tensor.data_ptr()]]
+        name: state[by_place[_place(tensor)]]
         for name, tensor in own.items()
-        if name not in state and tensor.data_ptr() in by_storage
+        if name not in state and _place(tensor) in by_place
     }
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for two names of one tensor."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -12,16 +12,24 @@ from trainer.settings import Settings
 from trainer.step import Step
 
 LAST, BEST, MODEL = "last.safetensors", "best.safetensors", "model.safetensors"
+# Of the attributes below, those that are saved as they are.
+_OWN = (
+    "epoch_began", "order_seed", "best", "evaluations_without_best", "metrics", "evaluated_at", "owes_evaluation", "epoch_rng",
+)  # fmt: skip
 
 
 class RunState:
     """The state of a run beside its step: position, best, and the files they lie in.
 
     Attributes:
+        epoch_began: the micro_batches clock at the start of the epoch.
         order_seed: of the data's order; drawn once where the run has no seed.
         best: (metric, value, step) of the best evaluation so far.
         evaluations_without_best: evaluations since then.
+        metrics: of the last evaluation.
         evaluated_at: the windows clock at the last evaluation.
+        owes_evaluation: whether an evaluation was due that did not come to its end.
+        epoch_rng: the generators at the epoch's start, where the data draws its order from them.
     """
 
     def __init__(self, model: Any, step: Step, settings: Settings, folder: Path | None, config: dict[str, Any]) -> None:
@@ -30,16 +38,19 @@ class RunState:
         self._settings = settings
         self._folder = folder
         self._config = config
-        self._epoch_began = 0  # the micro_batches clock at the start of the epoch
+        self.epoch_began = 0
         self.order_seed = settings.seed if settings.seed is not None else secrets.randbits(62)
         self.best: tuple[str, float, int] | None = None
         self.evaluations_without_best = 0
+        self.metrics: dict[str, float] = {}
         self.evaluated_at = -1
+        self.owes_evaluation = False
+        self.epoch_rng: dict[str, Any] | None = None
 
     @property
     def position(self) -> int:
         """Micro-batches of the epoch that lie behind: a difference of clocks, so it cannot fall behind the step."""
-        return self._step.clocks.micro_batches - self._epoch_began
+        return self._step.clocks.micro_batches - self.epoch_began
 
     @property
     def skips(self) -> int:
@@ -48,24 +59,30 @@ class RunState:
 
     def next_epoch(self) -> None:
         self._step.clocks.epochs += 1
-        self._epoch_began = self._step.clocks.micro_batches
+        self.epoch_began = self._step.clocks.micro_batches
 
-    def judge(self, metrics: dict[str, float]) -> bool:
-        """Take note of an evaluation; whether it is the best so far."""
+    def judge(self, metrics: dict[str, float], due: bool = True) -> bool:
+        """Take note of an evaluation; whether it is the best so far.
+
+        One that was not due (at a stop) may be the best, but does not count as one without a new best: a run that goes
+        on would else run out of patience sooner than one that was never stopped.
+        """
         wanted = self._settings.best
         if wanted.metric not in metrics:
             raise ConfigError(
                 f"best.metric={wanted.metric} is not among the metrics of the evaluation: "
                 f"{did_you_mean(wanted.metric, metrics)}"
             )
-        self.evaluated_at = self._step.clocks.windows
+        self.metrics, self.evaluated_at, self.owes_evaluation = metrics, self._step.clocks.windows, False
         value = metrics[wanted.metric]
         better = math.isfinite(value) and (
             self.best is None or (value < self.best[1] if wanted.mode == "min" else value > self.best[1])
         )
         if better:
             self.best = (wanted.metric, value, self._step.clocks.read().steps)
-        self.evaluations_without_best = 0 if better else self.evaluations_without_best + 1
+            self.evaluations_without_best = 0
+        elif due:
+            self.evaluations_without_best += 1
         return better
 
     def save(self, name: str) -> Path:
@@ -80,11 +97,7 @@ class RunState:
                 "optimizers": [contents.optimizer_state(optimizer) for optimizer in self._step.optimizers],
                 "step": self._step.state_dict(),
                 "rng": rng.capture(),
-                "order_seed": self.order_seed,
-                "epoch_began": self._epoch_began,
-                "best": self.best,
-                "evaluations_without_best": self.evaluations_without_best,
-                "evaluated_at": self.evaluated_at,
+                **{name: getattr(self, name) for name in _OWN},
                 "config": self._config,
             },
         )
@@ -109,29 +122,35 @@ class RunState:
     def _load(self, path: Path) -> None:
         state = store.load(path)
         try:
+            # All is checked before anything is changed.
+            contents.check_model(self._model, state["model"], path)
+            contents.check_optimizers(self._step.optimizers, state["optimizers"], path)
+            known, generators = {name: state[name] for name in _OWN}, state["rng"]
+            self._step.load_state_dict(state["step"])
             contents.load_model(self._model, state["model"], path)
             contents.load_optimizers(self._step.optimizers, state["optimizers"], path)
-            self._step.load_state_dict(state["step"])
-            rng.restore(state["rng"])
-            self.order_seed = state["order_seed"]
-            self._epoch_began = state["epoch_began"]
-            self.best = state["best"]
-            self.evaluations_without_best = state["evaluations_without_best"]
-            self.evaluated_at = state["evaluated_at"]
-        except KeyError as error:
-            raise CheckpointError(f"{path} has no {error}: it was not written whole, or by another version.") from None
+            rng.restore(generators)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            what = f"has no {error}" if isinstance(error, KeyError) else f"does not hold what it should ({error})"
+            raise CheckpointError(f"{path} {what}: it was not written whole, or by another version.") from None
+        for name, value in known.items():
+            setattr(self, name, value)
 
     def load_start(self, path: Path) -> None:
         """Only the parameters and buffers, of whatever run they are (`init=PATH`)."""
         contents.load_start(path, self._model)
 
-    def finish(self, keep: bool) -> dict[str, Path]:
-        """The files at the run's end; with `keep` the state and the model are written first."""
+    def finish(self) -> None:
+        """Write the state and the model at the run's end. Raises CheckpointError."""
+        if self._folder is None or not self._step.clocks.windows:
+            return
+        if self._settings.checkpoint.last:
+            self.save(LAST)
+        contents.save_finished_model(self._folder / MODEL, self._model, self._step.optimizers)
+
+    def files(self) -> dict[str, Path]:
+        """What lies in the folder."""
         if self._folder is None:
             return {}
-        if keep and self._step.clocks.windows:
-            if self._settings.checkpoint.last:
-                self.save(LAST)
-            contents.save_finished_model(self._folder / MODEL, self._model)
         names = {"model": MODEL, "checkpoint": LAST, "best": BEST, "metrics": "metrics.jsonl"}
         return {what: self._folder / name for what, name in names.items() if (self._folder / name).exists()}

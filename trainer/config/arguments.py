@@ -12,7 +12,12 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 def fits(
-    target: Callable[..., Any], name: str, key: str, positional: Sequence[Any], keywords: Mapping[str, Any], partial: bool
+    target: Callable[..., Any],
+    name: str,
+    key: str,
+    positional: Sequence[Any],
+    keywords: Mapping[str, Any],
+    partial: bool,
 ) -> None:
     """Hold arguments against a signature. Raises ConfigError that names the key and the nearest parameter."""
     try:
@@ -55,7 +60,11 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 def _is(value: Any, hint: Any) -> bool:
     """Whether a plain value is of a plain type. What is not plain (a made object, a container) is not judged."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     if not isinstance(value, _PLAIN) or not all(option in _PLAIN for option in options):
         return True
     if isinstance(value, int) and not isinstance(value, bool) and float in options:

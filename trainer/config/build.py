@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.door import Door
 from trainer.config.schema import RunConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
+
+TAKEN = ("steps", "rows", "tokens")
+"""The clocks that a schedule may follow."""
 
 
 def places(config: RunConfig) -> Iterator[tuple[Mapping[str, Any], str, str]]:
@@ -19,7 +22,11 @@ def places(config: RunConfig) -> Iterator[tuple[Mapping[str, Any], str, str]]:
     kinds = {"model": "model", "objective": "objective", "optimizer": "optimizer", "schedule": "schedule"}
     for name, node in config.nodes.items():
         if node is not None:
-            yield node, "data.source" if name == "source" else name, kinds.get(name, "source" if name == "source" else "other")
+            yield (
+                node,
+                "data.source" if name == "source" else name,
+                kinds.get(name, "source" if name == "source" else "other"),
+            )
     for name, node in config.others.items():
         yield node, f"loggers.others.{name}", "other"
 
@@ -40,6 +47,7 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
     """
     import torch
 
+    from trainer import rng
     from trainer.gradient.objective import supervised
     from trainer.loop import Trainer
     from trainer.optim.groups import parameter_groups
@@ -47,7 +55,7 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
     judge(config, door)
     settings = config.settings
     if settings.seed is not None:
-        torch.manual_seed(settings.seed)
+        rng.seed_all(settings.seed)
     made = {key: (node, kind) for node, key, kind in places(config)}
 
     def make(key: str, *first: Any) -> Any:
@@ -57,9 +65,6 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
         return door.make(node, key, kind, *first)
 
     model = make("model")
-    if isinstance(model, torch.nn.Module):
-        # What the optimizer is given must be what the run trains: on its device, in its precision.
-        model.to(device=_device(settings.device), dtype=torch.float64 if settings.precision == "fp64" else None)
     objective = make("objective")
     if isinstance(objective, torch.nn.modules.loss._Loss) or _is_torch_function(objective):
         objective = supervised(objective)
@@ -91,8 +96,8 @@ def split(source: Any) -> tuple[Any, Any]:
         return source.train, source.evaluation
     if isinstance(source, tuple | list | Mapping) or source is None:
         raise ConfigError(
-            f"data.source returned {type(source).__name__}: return Split(train, evaluation) of trainer.data, each a tuple "
-            "of tensors, a dataset, an iterable or a DataLoader (evaluation may be None)."
+            f"data.source returned {type(source).__name__}: return Split(train, evaluation) of trainer.data, each a "
+            "tuple of tensors, a dataset, an iterable or a DataLoader (evaluation may be None)."
         )
     return source, None
 
@@ -111,6 +116,8 @@ def _schedule(config: RunConfig, door: Door, optimizer: Any, train: Any) -> Any:
 
 def ticks(config: RunConfig, clock: str, train: Any) -> int:
     """How many ticks of a clock the limits allow. Raises ConfigError where they do not tell."""
+    if clock not in TAKEN:
+        raise ConfigError(f"schedule.clock={clock!r} is not possible: {did_you_mean(clock, TAKEN)}")
     limits = config.settings.limits
     bounds = [getattr(limits, clock, None)]
     if limits.epochs is not None:
@@ -126,37 +133,17 @@ def ticks(config: RunConfig, clock: str, train: Any) -> int:
 
 def _of_epochs(config: RunConfig, clock: str, epochs: int, train: Any) -> int | None:
     """How many ticks so many epochs make, where the data tells its length. A window ends with its epoch."""
-    data = config.settings.data
-    first = train[0] if isinstance(train, tuple) else train
-    if not hasattr(first, "__len__"):
-        return None
-    try:
-        length = len(first)
-    except TypeError:  # a DataLoader over an iterable dataset has __len__ and no length
-        return None
-    cut = hasattr(train, "batch_sampler")  # a DataLoader: it is cut already, and counts micro-batches
-    if clock == "rows":
-        rows = len(train.dataset) if cut else length
-        kept = rows - rows % data.batch_size if data.drop_last and not cut else rows
-        return epochs * kept
-    if clock != "steps":
-        return None
-    whole = length if cut else length / data.batch_size
-    micro_batches = math.floor(whole) if data.drop_last and not cut else math.ceil(whole)
-    return epochs * math.ceil(micro_batches / config.settings.gradient.accumulation_steps)
+    from trainer.data import source_of
 
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError:
-            raise ConfigError(f"device={name!r} is not possible: write auto, cpu, cuda, cuda:1 or mps.") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    settings = config.settings
+    source = source_of(train, settings.data)
+    length = source.length()
+    if clock == "steps" and length is not None:
+        return epochs * math.ceil(length / settings.gradient.accumulation_steps)
+    if clock == "rows" and source.owns_order:
+        rows = len(train[0]) if isinstance(train, tuple) else len(train)
+        return epochs * (rows - rows % settings.data.batch_size if settings.data.drop_last else rows)
+    return None
 
 
 def _is_torch_function(objective: Any) -> bool:

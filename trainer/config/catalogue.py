@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from trainer.errors import ConfigError
 

@@ -73,7 +73,9 @@ class Door:
                 self._judge_name(node["_target_"], key, kind)
                 for word in node:
                     if str(word).startswith("_") and str(word).endswith("_") and word not in _WORDS:
-                        raise ConfigError(f"{key}.{word} is not supported: beside _target_ there are _args_ and _partial_.")
+                        raise ConfigError(
+                            f"{key}.{word} is not supported: beside _target_ there are _args_ and _partial_."
+                        )
                 if not isinstance(node.get("_partial_", False), bool):
                     raise ConfigError(f"{key}._partial_={node['_partial_']!r} is not possible: it is true or false.")
                 if not isinstance(node.get("_args_", []), list):
@@ -93,7 +95,9 @@ class Door:
             return
         if top == "trainer":
             if not name.startswith(tuple(f"{room}." for room in ROOMS)):
-                raise ConfigError(f"{key}._target_={name} is refused: of trainer, a config may name what is in {', '.join(ROOMS)}.")
+                raise ConfigError(
+                    f"{key}._target_={name} is refused: of trainer, a config may name what is in {', '.join(ROOMS)}."
+                )
         elif top == "torch":
             if not name.startswith(KINDS[kind].rooms or ("none of it",)):
                 raise ConfigError(self._wrong_kind(name, key, kind))
@@ -180,8 +184,8 @@ class Door:
             spec, ours = self._local(top), module.__spec__
             if spec is None or ours is None or spec.origin != ours.origin:
                 raise ConfigError(
-                    f"{key}: '{top}' is imported already from elsewhere than the recipe's folder: rename the module, or "
-                    f"write {self._words(top)} on the command line if you trust that other one."
+                    f"{key}: '{top}' is imported already from elsewhere than the recipe's folder: rename the module, "
+                    f"or write {self._words(top)} on the command line if you trust that other one."
                 )
         return module
 
@@ -194,9 +198,7 @@ class Door:
         if top in self.trust or self._local(top) is not None or f"{owner}.".startswith(tuple(f"{r}." for r in ROOMS)):
             return
         if top == "torch":
-            import torch.utils.data
-
-            bases = tuple(functools.reduce(getattr, base.split(".")[1:], torch) for base in KINDS[kind].bases)
+            bases = tuple(_class(base) for base in KINDS[kind].bases)
             if isinstance(thing, type) and issubclass(thing, bases):
                 return
             if kind in ("objective", "argument") and _is_loss_function(thing):
@@ -206,6 +208,12 @@ class Door:
             f"{key}._target_={name} is refused, as it comes from {owner}: if you trust it, "
             f"write {self._words(top)} on the command line."
         )
+
+
+def _class(name: str) -> type:
+    module, _, attribute = name.rpartition(".")
+    found: type = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def _owner(thing: Any) -> str:
@@ -230,4 +238,4 @@ def _submodule(name: str, inner: Any) -> ModuleType | None:
 
 def _is_loss_function(thing: Any) -> bool:
     name = getattr(thing, "__name__", "")
-    return _owner(thing) == "torch.nn.functional" and (name.endswith(("_loss", "cross_entropy", "_div")))
+    return _owner(thing) == "torch.nn.functional" and (name.endswith(("_loss", "_div")) or "cross_entropy" in name)

@@ -46,7 +46,9 @@ def parser(verb: str | None) -> Parser:
     made = Parser(prog=f"trainer {verb}" if verb else "trainer", add_help=False, allow_abbrev=False)
     made.add_argument("overrides", nargs="*", help="key=value, +key=value, ~key or group=option")
     made.add_argument("--help", "-h", action="store_true", help="this text")
-    made.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder with recipes and groups of your own")
+    made.add_argument(
+        "--config-dir", "-cd", type=Path, metavar="DIR", help="a folder with recipes and groups of your own"
+    )
     if verb == "recipes":
         return made
     made.add_argument("--config-name", "-cn", metavar="NAME", help="another root config than train.yaml")

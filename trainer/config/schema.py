@@ -55,7 +55,7 @@ class RunConfig:
 
 def defaults() -> dict[str, Any]:
     """All keys with their defaults, as plain values: what Hydra composes onto."""
-    tree = {**dataclasses.asdict(Words()), **dataclasses.asdict(Settings()), **dict.fromkeys(NODES)}  # type: ignore[call-overload]
+    tree = {**dataclasses.asdict(Words()), **dataclasses.asdict(Settings()), **dict.fromkeys(NODES)}
     tree["data"]["source"] = None
     tree["loggers"]["others"] = {}
     return tree
@@ -116,7 +116,9 @@ def _groups(groups: Any) -> tuple[Mapping[str, Any], ...]:
     if groups is None:
         return ()
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) and "match" in group for group in groups):
-        raise ConfigError(f"optimizer.groups={groups!r} is not possible: it is a list of {{match: [names], option: value}}.")
+        raise ConfigError(
+            f"optimizer.groups={groups!r} is not possible: it is a list of {{match: [names], option: value}}."
+        )
     return tuple(groups)
 
 

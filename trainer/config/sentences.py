@@ -38,8 +38,8 @@ def explain(error: BaseException, overrides: Sequence[str], known: Callable[[], 
         return _no_key(match[1].partition("@")[0].partition("=")[0] or match[1], text, known())
     if match := re.search(r"config group '([^']+)' does not exist", text):
         return _no_key(match[1], text, known())
-    if "config group '' does not exist" in text:
-        return f"'{re.search('Override (.*) looks', text)[1]}' names no group: write GROUP@PACKAGE=NAME."
+    if match := re.search(r"Override (.*) looks like .* group '' does not exist", text):
+        return f"'{match[1]}' names no group: write GROUP@PACKAGE=NAME."
     if match := re.search(r"An item is already at '([^']+)'", text):
         return already(match[1])
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text):
@@ -84,7 +84,7 @@ def _no_key(key: str, text: str, known: Known) -> str:
         if where and hint.startswith("did you mean '"):
             hint = hint.replace("did you mean '", f"did you mean '{where}.", 1)
         return f"there is no setting '{wrong}': {hint}"
-    return f"'{key}' cannot be set like that: {_one_line(text)}."
+    return f"'{key}' does not have all of these keys yet: add one with +{key}.NAME=VALUE, or all with ++{key}={{...}}."
 
 
 def _options(group: str, known: Known) -> str:
@@ -111,7 +111,7 @@ def _plain(error: BaseException, overrides: Sequence[str]) -> str:
             said.append(line)
         inner = inner.__cause__
     mark = getattr(error, "problem_mark", None)
-    key = re.search(r"full_key: (\S+)", str(error))
+    key = re.search(r"full_key: (\S+)", " ".join([str(error), *([str(error.__cause__)] if error.__cause__ else [])]))
     where = f"{mark.name}, line {mark.line + 1}: " if mark is not None else f"{key[1]}: " if key else ""
     words = f" (from {' '.join(overrides)})" if overrides else ""
     return f"the config cannot be composed{words}: {where}{'; '.join(said) or type(error).__name__}."

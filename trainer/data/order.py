@@ -32,6 +32,5 @@ def order(seed: int, epoch: int, position: int, rows: int, shuffle: bool = True)
     """
     if not shuffle:
         return torch.arange(position, rows)
-    generator = torch.Generator()
-    generator.manual_seed(mixed(seed, epoch))
-    return torch.randperm(rows, generator=generator)[position:]
+    permutation = torch.randperm(rows, generator=torch.Generator().manual_seed(mixed(seed, epoch)))
+    return permutation[position:] if position else permutation

@@ -4,13 +4,14 @@ Tensors in memory are permuted once an epoch and split: no item is ever collated
 DataLoader, in the trainer's order. A DataLoader or another iterable is iterated as it is.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from trainer import rng
 from trainer.data.order import mixed, order
 from trainer.errors import ConfigError, DataError
 from trainer.settings import DataSettings
@@ -22,7 +23,8 @@ _PIECE = 64 << 20
 class Split(NamedTuple):
     """What a recipe's data source returns: training data and, where there is some, held-out data.
 
-    Each is a tuple of tensors with equal first dimensions, a dataset, a DataLoader or another iterable of micro-batches.
+    Each is a tuple of tensors with equal first dimensions, a dataset, a DataLoader or another iterable of
+    micro-batches.
     """
 
     train: Any
@@ -34,6 +36,8 @@ class Source(Protocol):
 
     owns_order: bool
     """Whether (seed, epoch, position) alone tells the micro-batches."""
+    cuts_rows: bool
+    """Whether it cuts rows into micro-batches itself, as the settings say."""
 
     def length(self) -> int | None:
         """Micro-batches in an epoch, where that is known."""
@@ -46,9 +50,14 @@ class TensorSource:
     """Tensors in memory, row by row; a micro-batch is a tuple of their rows."""
 
     owns_order = True
+    cuts_rows = True
 
     def __init__(self, tensors: Sequence[Tensor], batch_size: int, shuffle: bool, drop_last: bool) -> None:
         self.tensors = tuple(tensors)
+        if not all(tensor.dim() for tensor in self.tensors):
+            raise DataError(
+                "one of the data's tensors has no dimension, so it has no rows: give tensors of shape (rows, …)."
+            )
         self.rows = len(self.tensors[0])
         if any(len(tensor) != self.rows for tensor in self.tensors):
             lengths = ", ".join(str(len(tensor)) for tensor in self.tensors)
@@ -66,9 +75,13 @@ class TensorSource:
 
     def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[tuple[Tensor, ...]]:
         start = position * self._batch_size
+        if start >= self._rows:
+            return iter(())
         if not self._shuffle:
             return self._split(tensor[start : self._rows] for tensor in self.tensors)
-        rows = order(seed, epoch, start, self.rows)[: self._rows - start]
+        rows = order(seed, epoch, start, self.rows)
+        if self._rows != self.rows:
+            rows = rows[: self._rows - start]
         if len(rows) <= self._piece:
             return self._split(tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors)
         return self._piecewise(rows)
@@ -78,6 +91,8 @@ class TensorSource:
             yield from self._split(tensor.index_select(0, piece.to(tensor.device)) for tensor in self.tensors)
 
     def _split(self, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        if self._rows <= self._batch_size:
+            return iter((tuple(tensors),))  # one micro-batch an epoch: split would cost more than the rest
         return zip(*(tensor.split(self._batch_size) for tensor in tensors), strict=True)
 
     def placed(self, device: torch.device, dtype: torch.dtype | None) -> "TensorSource":
@@ -92,13 +107,22 @@ class DatasetSource:
     """A map-style dataset, its items collated by torch's DataLoader in the trainer's order."""
 
     owns_order = True
+    cuts_rows = True
 
-    def __init__(self, dataset: Dataset[Any], settings: DataSettings, batch_size: int, shuffle: bool, drop_last: bool) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], settings: DataSettings, batch_size: int, shuffle: bool, drop_last: bool
+    ) -> None:
         self._dataset = dataset
         self._settings = settings
         self._batch_size = batch_size
         self._shuffle = shuffle
-        self._total = len(dataset)  # type: ignore[arg-type]
+        try:
+            self._total = len(dataset)  # type: ignore[arg-type]
+        except TypeError:
+            raise ConfigError(
+                f"the dataset {type(dataset).__name__} has no length, so no order of its rows can be drawn: give it "
+                "__len__, or make it an IterableDataset."
+            ) from None
         self._rows = self._total - self._total % batch_size if drop_last else self._total
         if not self._rows:
             raise DataError(_empty(self._total, batch_size, drop_last))
@@ -108,28 +132,48 @@ class DatasetSource:
 
     def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[Any]:
         start = position * self._batch_size
+        if start >= self._rows:
+            return iter(())
         rows = order(seed, epoch, start, self._total, self._shuffle)[: self._rows - start]
         # The loader draws its workers' seeds from a generator: given one, it leaves the global RNG alone.
         generator = torch.Generator()
         generator.manual_seed(mixed(seed, epoch, 1))
         batches = [batch.tolist() for batch in rows.split(self._batch_size)]
-        return iter(
-            DataLoader(self._dataset, batch_sampler=batches, num_workers=self._settings.workers, generator=generator)
-        )
+        workers = self._settings.workers
+        dataset = _Seeded(self._dataset, mixed(seed, epoch, 2)) if workers else self._dataset
+        return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=generator))
+
+
+class _Seeded(Dataset[Any]):
+    """In worker processes: what items draw at random follows from their rows, whatever process they come to and when.
+
+    Without workers they draw from the run's own generators, which a checkpoint holds.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        rng.seed_all(mixed(self._seed, *rows))
+        together = getattr(self._dataset, "__getitems__", None)
+        return list(together(rows)) if together else [self._dataset[row] for row in rows]
 
 
 class IterableSource:
     """Micro-batches in an order that is not the trainer's. Going on inside an epoch replays what lies behind."""
 
     owns_order = False
+    cuts_rows = False
 
-    def __init__(self, iterable: Iterable[Any]) -> None:
-        if iter(iterable) is iterable:
+    def __init__(self, iterable: Iterable[Any], generator: torch.Generator | None = None) -> None:
+        if isinstance(iterable, Iterator):  # asked by its methods: iter() of a DataLoader would start its workers
             raise ConfigError(
-                f"the data is {type(iterable).__name__}, which can be walked once only: give something that starts anew "
-                "for every epoch (a list, a DataLoader, a class with __iter__)."
+                f"the data is {type(iterable).__name__}, which can be walked once only: give something that starts "
+                "anew for every epoch (a list, a DataLoader, a class with __iter__)."
             )
         self._iterable = iterable
+        self._generator = generator  # of a loader that is the trainer's own
 
     def length(self) -> int | None:
         try:
@@ -138,6 +182,8 @@ class IterableSource:
             return None
 
     def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[Any]:
+        if self._generator is not None:
+            self._generator.manual_seed(mixed(seed, epoch, 1))
         sampler = getattr(self._iterable, "sampler", None)
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(epoch)  # type: ignore[union-attr]
@@ -156,19 +202,29 @@ def source_of(data: Any, settings: DataSettings, evaluation: bool = False) -> So
     shuffle = settings.shuffle and not evaluation
     drop_last = settings.drop_last and not evaluation
     if isinstance(data, _SOURCES):
-        return data  # type: ignore[return-value]
+        return data
     if type(data) is TensorDataset:
         data = data.tensors
     if isinstance(data, Tensor):
         data = (data,)
     if isinstance(data, tuple) and data and all(isinstance(item, Tensor) for item in data):
         return TensorSource(data, batch_size, shuffle, drop_last)
+    if isinstance(data, Mapping | str | bytes):
+        raise ConfigError(
+            f"the data is {type(data).__name__}: give a tuple of tensors, or a dataset whose items are mappings."
+        )
     if isinstance(data, IterableDataset):
-        loader = DataLoader(data, batch_size=batch_size, drop_last=drop_last, num_workers=settings.workers)
-        return IterableSource(loader)
+        # With a generator of its own, the loader does not draw from the global one.
+        own = torch.Generator()
+        return IterableSource(
+            DataLoader(data, batch_size=batch_size, drop_last=drop_last, num_workers=settings.workers, generator=own),
+            own,
+        )
     if isinstance(data, DataLoader):
         return IterableSource(data)
-    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data)):
+    if isinstance(data, Dataset) or (
+        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data)
+    ):
         return DatasetSource(data, settings, batch_size, shuffle, drop_last)
     if hasattr(data, "__iter__"):
         return IterableSource(data)

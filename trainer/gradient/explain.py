@@ -35,7 +35,7 @@ def explained(error: RuntimeError, model: Any) -> RuntimeError | GradientError:
 
 def _holder_of_inference_tensor(model: Any) -> str | None:
     own = [] if isinstance(model, nn.Module) else [("", model)]
-    for prefix, module in [*own, *named_modules(model)]:
+    for prefix, module in [*own, *named_modules(model).items()]:
         held = {**getattr(module, "_buffers", {}), **vars(module)} if hasattr(module, "__dict__") else {}
         for name, value in held.items():
             if isinstance(value, Tensor) and value.is_inference():

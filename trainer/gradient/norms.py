@@ -45,10 +45,11 @@ def norm(gradients: Sequence[Tensor]) -> Number:
         return 0.0
     device = next((one.device for one in norms if one.device.type not in FREE_READS), None)
     if device is not None:
-        return torch.linalg.vector_norm(torch.stack([one.to(device, torch.float64) for one in norms]))
+        whole: Tensor = torch.linalg.vector_norm(torch.stack([one.to(device, torch.float64) for one in norms]))
+        return whole
     if len(norms) <= _FEW:
         return math.hypot(*(one.item() for one in norms))
-    return torch.linalg.vector_norm(torch.stack([one.double() for one in norms])).item()
+    return float(torch.linalg.vector_norm(torch.stack([one.double() for one in norms])))
 
 
 def nonfinite(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
@@ -58,8 +59,8 @@ def nonfinite(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:
 
 
 def scale(gradients: Sequence[Tensor], factor: Number) -> None:
-    """Multiply all gradients in place, in one pass."""
-    for same in groups(gradients):
+    """Multiply all gradients in place, in one pass. Sparse ones must be coalesced, and stay so."""
+    for same in groups(plain(gradients)):  # multiplied itself, a sparse tensor would not count as coalesced any more
         torch._foreach_mul_(same, factor.to(same[0].device, same[0].dtype) if isinstance(factor, Tensor) else factor)
 
 
@@ -74,7 +75,7 @@ def clip_factor(norm: Number, largest: float) -> Number:
 
 
 def clip_value(gradients: Sequence[Tensor], largest: float) -> None:
-    """Clamp each element (of a complex one: its real and imaginary part) to [-largest, largest], in place."""
+    """Clamp each element (of a complex one: both parts) to ±largest, in place. Sparse ones must be coalesced."""
     for same in groups(plain(gradients)):
         torch._foreach_clamp_max_(same, largest)
         torch._foreach_clamp_min_(same, -largest)
@@ -82,4 +83,6 @@ def clip_value(gradients: Sequence[Tensor], largest: float) -> None:
 
 def nonfinite_names(gradients: dict[str, Tensor]) -> list[str]:
     """The names of the gradients that hold an infinity or a NaN; reads each, so only once something is wrong."""
-    return [name for name, gradient in gradients.items() if not all(bool(v.isfinite().all()) for v in plain([gradient]))]
+    return [
+        name for name, gradient in gradients.items() if not all(bool(v.isfinite().all()) for v in plain([gradient]))
+    ]

@@ -74,10 +74,10 @@ class Term:
 
     def number(self) -> Number:
         """The value as the number that a report shows: read on the CPU, without its graph elsewhere."""
-        value = self.value.detach()
+        value = self.value
         if self.vector is not None:
-            value = (value * self.vector.detach().to(value).conj()).sum().real
-        return value.item() if value.device.type in FREE_READS else value.reshape(())
+            value = (value.detach() * self.vector.detach().to(value).conj()).sum().real
+        return value.item() if value.device.type in FREE_READS else value.detach().reshape(())
 
 
 def terms_of(outcome: Any, objective: Any) -> list[Term]:
@@ -95,8 +95,8 @@ def terms_of(outcome: Any, objective: Any) -> list[Term]:
         )
     if isinstance(outcome, tuple | list):
         raise ObjectiveError(
-            f"{_who(objective)} returned a bare {type(outcome).__name__}: write Sum(total, weight) for a total with its weight, "
-            'or {"name": loss, "other": loss} for several terms.'
+            f"{_who(objective)} returned a bare {type(outcome).__name__}: write Sum(total, weight) for a total with "
+            'its weight, or {"name": loss, "other": loss} for several terms.'
         )
     raise ObjectiveError(
         f"{_who(objective)} returned {type(outcome).__name__}: return a scalar tensor, Sum(total, weight), "
@@ -133,7 +133,9 @@ def _term(name: str, answer: Any, objective: Any) -> Term:
 
 def _check_real(name: str, value: Tensor, objective: Any) -> None:
     if value.is_complex():
-        raise ObjectiveError(f"{_who(objective)} returned a complex number for '{name}': return a real one (abs, .real).")
+        raise ObjectiveError(
+            f"{_who(objective)} returned a complex number for '{name}': return a real one (abs, .real)."
+        )
 
 
 def _weight(name: str, weight: Any, objective: Any) -> Number:

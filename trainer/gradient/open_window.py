@@ -149,6 +149,10 @@ class OpenWindow:
         """The gradients that were held apart, each with its own leftover."""
         return [(sums.apart, self._leftover(sums)) for sums in self.terms.values() if sums.apart is not None]
 
+    def held_apart(self) -> list[Tensor]:
+        """The gradients of those terms as they lie there."""
+        return [gradient for sums in self.terms.values() for gradient in (sums.apart or {}).values()]
+
     def weighs_nothing(self) -> bool:
         """Whether every weight is zero, as far as the host knows."""
         return all(isinstance(sums.weight, float) and sums.weight == 0.0 for sums in self.terms.values())
@@ -183,7 +187,7 @@ class OpenWindow:
         denominator = float(self._ranks.sum_weight(self._denominator(sums)))
         values = _as_floats([value for _, value, _ in sums.values])
         factors = _as_floats([factor for _, _, factor in sums.values])
-        total = sum(value * factor for value, factor in zip(values, factors, strict=True))
+        total = float(self._ranks.sum_weight(float(sum(v * f for v, f in zip(values, factors, strict=True)))))
         return total / denominator if denominator else float("nan")
 
     def _denominator(self, sums: TermSum) -> Number:
@@ -194,15 +198,14 @@ class OpenWindow:
     def _weight(self, term: Term, micro_batch: Any) -> Number:
         if term.weight is not None:
             return term.weight
-        known = self._weights.get(term.name)
-        if known is not None and self.drawn is not None and self.micro_batches < len(self.drawn):
-            if self.drawn[self.micro_batches] is micro_batch:
-                return known[self.micro_batches]
+        known, drawn, index = self._weights.get(term.name), self.drawn, self.micro_batches
+        if known is not None and drawn is not None and index < len(drawn) and drawn[index] is micro_batch:
+            return known[index]
         return self._weigher.mean_weight(term.name, micro_batch)
 
     def _start(self, term: Term, weight: Number, alone: bool) -> TermSum:
         divisor, exact = self._divisor(term, weight)
-        # What an objective's one `weight` counts, or the rows, is the same for all its means; micro-batches are for all.
+        # What an objective's one `weight` counts, or the rows, is the same for all its means; so is a window's length.
         means = term.weight is None and not self._weigher.names_weights
         kind = "shared" if means or self._settings.reduction == "micro_batches" else term.name
         base = next((other for other in self.terms.values() if other.apart is None), None)

@@ -108,7 +108,12 @@ class KeptBuffers:
                 for prefix, buffers, _ in self._holders
                 for key in buffers
             ]
-            always = {f"{prefix}.{key}" if prefix else key for prefix, buffers, norm in self._holders if norm for key in buffers}
+            always = {
+                f"{prefix}.{key}" if prefix else key
+                for prefix, buffers, norm in self._holders
+                if norm
+                for key in buffers
+            }
             self._large = {
                 name
                 for name, b in self._now()

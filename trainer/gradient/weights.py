@@ -91,10 +91,10 @@ def _classes(targets: Tensor, ignore_index: int, class_weights: Tensor | None) -
         # Class probabilities of shape (rows, classes, ...): divided by rows × what follows the classes.
         return float(targets.numel() // targets.shape[1]) if targets.dim() > 1 else 1.0
     if class_weights is None:
-        if targets.device.type in FREE_READS and ignore_index < 0:
-            # One pass instead of two where nothing is ignored, which is the rule.
-            if targets.numel() and int(targets.min()) >= 0:
-                return float(targets.numel())
+        # One pass instead of two where nothing is ignored, which is the rule.
+        free = targets.device.type in FREE_READS and ignore_index < 0 and targets.numel() > 0
+        if free and int(targets.min()) >= 0:
+            return float(targets.numel())
         return (targets != ignore_index).sum()
     kept = targets != ignore_index
     return class_weights[targets.where(kept, 0)].mul(kept).sum()

@@ -32,12 +32,14 @@ class Console:
         self._screen: Screen | None = None
         self._bar: Any = None
         self._ticks = 0
-        self._next_draw = math.inf
+        self._look_at = math.inf
         self._prepare({})
 
     def _prepare(self, clocks: dict[str, int]) -> None:
         self._first = clocks
         self._drawn = 0
+        self._stride = 1
+        self._next_draw = 0.0
         self._next_postfix = 0.0
         self._rate = Rate(clocks)
         self._evaluating = 0.0
@@ -67,13 +69,17 @@ class Console:
         if screen.terminal:
             self._ticks = 0
             self._bar = _bar(screen, event.total_windows, event.clocks.get("windows", 0))
-            self._next_draw = perf_counter() + DRAW_EVERY
+            self._draw()
 
     def tick(self) -> None:
         """A window is done."""
         self._ticks += 1
-        if perf_counter() >= self._next_draw:
-            self._draw()
+        if self._ticks >= self._look_at:
+            # A look at the clock is dear in a fast run, so there it is taken some 16 times between two moves.
+            if perf_counter() >= self._next_draw:
+                self._draw()
+            else:
+                self._look_at = self._ticks + self._stride
 
     def step(self, report: Report, seconds: float) -> None:
         if self._bar is not None:
@@ -180,12 +186,15 @@ class Console:
 
     def _draw(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._ticks - self._drawn)
+            moved = self._ticks - self._drawn
+            self._bar.update(moved)
             self._drawn = self._ticks
+            self._stride = max(1, moved // 16)
+            self._look_at = self._ticks + self._stride
             self._next_draw = perf_counter() + DRAW_EVERY
 
     def _close_bar(self) -> None:
-        self._next_draw = math.inf
+        self._look_at = math.inf
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.close()

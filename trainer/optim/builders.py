@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
+from trainer.errors import ConfigError
 from trainer.optim.groups import check_options
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -20,7 +21,7 @@ def adamw(
     weight_decay: float = 0.01,
 ) -> AdamW:
     """AdamW (Loshchilov and Hutter 2019), fused where it can be."""
-    parameters = list(parameters)
+    parameters = _listed(parameters)
     made = AdamW(
         parameters,
         lr=float(lr),
@@ -41,7 +42,7 @@ def sgd(
     nesterov: bool = False,
 ) -> SGD:
     """Gradient descent with momentum, fused where it can be."""
-    parameters = list(parameters)
+    parameters = _listed(parameters)
     made = SGD(
         parameters,
         lr=float(lr),
@@ -54,10 +55,24 @@ def sgd(
     return made
 
 
+def _listed(parameters: Iterable[Any]) -> list[Any]:
+    """Parameters or groups as a list that can be walked twice; a group's rate is a float, as a config may write 1."""
+    if isinstance(parameters, Tensor):
+        raise ConfigError("the optimizer got one tensor instead of a list of parameters: write [tensor].")
+    listed = [{**item} if isinstance(item, dict) else item for item in parameters]
+    for item in listed:
+        if isinstance(item, dict):
+            item["params"] = [item["params"]] if isinstance(item["params"], Tensor) else list(item["params"])
+            if isinstance(item.get("lr"), int):
+                item["lr"] = float(item["lr"])
+    return listed
+
+
 def _fused(parameters: list[Any]) -> dict[str, bool]:
-    tensors: list[Tensor] = []
+    items: list[Any] = []
     for item in parameters:
-        tensors.extend(list(item["params"]) if isinstance(item, dict) else [item])
+        items.extend(item["params"] if isinstance(item, dict) else [item])
+    tensors = [item[1] if isinstance(item, tuple) else item for item in items]  # a tuple is (name, parameter)
     return {"fused": True} if tensors and fit_for_fused(tensors) else {}
 
 

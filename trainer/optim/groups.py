@@ -31,12 +31,16 @@ def parameter_groups(model: Any, groups: Sequence[Mapping[str, Any]] = ()) -> li
     rest = dict(parameters)
     made: list[dict[str, Any]] = []
     norms = _of_norms(model)
+    if isinstance(groups, Mapping | str):
+        raise ConfigError(f"optimizer.groups is a list of groups, not {groups!r}: write [{{match: norms, lr: …}}].")
     for group in groups:
+        if not isinstance(group, Mapping):
+            raise ConfigError(f"optimizer.groups: {group!r} is no group: write {{match: {group}, lr: …}}.")
         options = dict(group)
         patterns = options.pop("match", None)
         if not patterns:
             raise ConfigError("optimizer.groups: a group has no 'match': name patterns, or the words norms and biases.")
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        patterns = list(patterns) if isinstance(patterns, list | tuple) else [patterns]
         chosen: dict[str, Tensor] = {}
         for pattern in patterns:
             found = [name for name, parameter in parameters.items() if _matches(name, parameter, pattern, norms)]

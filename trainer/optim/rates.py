@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.report import Number
 
@@ -92,11 +92,22 @@ class Rates:
             self._torch.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._torch is None else _plain(self._torch.state_dict())
+        """What a scheduler of torch holds; everything else is in the clocks."""
+        return {} if self._torch is None else {"scheduler": self._kind(), "state": _plain(self._torch.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError where the state is that of another scheduler."""
+        saved = state.get("scheduler")
+        if saved != self._kind():
+            raise CheckpointError(
+                f"the checkpoint was saved with {saved or 'no scheduler of torch'}, and this run's schedule is "
+                f"{self._kind() or 'no scheduler of torch'}: give the schedule that it was saved with."
+            )
         if self._torch is not None:
-            self._torch.load_state_dict(dict(state))
+            self._torch.load_state_dict(dict(state["state"]))
+
+    def _kind(self) -> str | None:
+        return None if self._torch is None else type(self._torch).__name__
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]

@@ -42,14 +42,13 @@ class Schedule:
 
 def constant(warmup: int = 0, clock: str = "steps") -> Schedule:
     """1, after a linear warm-up from 1 / warmup."""
-    _check_warmup(warmup)
+    _check_count("warmup", warmup, 0)
     return Schedule(lambda count: _warm(count, warmup, 1.0), clock, f"constant, warm-up {warmup}")
 
 
 def linear(total: int | None = None, warmup: int = 0, end: float = 0.0, clock: str = "steps") -> Schedule:
     """Warm-up, then a straight line from 1 at `warmup` to `end` at `total`."""
-    total = _check(total, warmup)
-    _check_end(end)
+    total = _check(total, warmup, 0, end)
 
     def shape(count: Number) -> Number:
         return _warm(count, warmup, 1.0 - (1.0 - end) * _progress(count, warmup, total))
@@ -59,8 +58,7 @@ def linear(total: int | None = None, warmup: int = 0, end: float = 0.0, clock: s
 
 def cosine(total: int | None = None, warmup: int = 0, end: float = 0.0, clock: str = "steps") -> Schedule:
     """Warm-up, then half a cosine from 1 at `warmup` to `end` at `total` (Loshchilov and Hutter 2017)."""
-    total = _check(total, warmup)
-    _check_end(end)
+    total = _check(total, warmup, 0, end)
 
     def shape(count: Number) -> Number:
         half = 0.5 * (1.0 + _cos(_progress(count, warmup, total) * math.pi))
@@ -71,10 +69,7 @@ def cosine(total: int | None = None, warmup: int = 0, end: float = 0.0, clock: s
 
 def wsd(total: int | None = None, warmup: int = 0, decay: int = 0, end: float = 0.0, clock: str = "steps") -> Schedule:
     """Warm-up, a stable 1, then a straight line to `end` over the last `decay` ticks (Hu et al. 2024)."""
-    total = _check(total, warmup + decay)
-    _check_end(end)
-    if decay < 0:
-        raise ConfigError(f"schedule.decay={decay} is not possible: it must be zero or more.")
+    total = _check(total, warmup, decay, end)
 
     def shape(count: Number) -> Number:
         return _warm(count, warmup, 1.0 - (1.0 - end) * _progress(count, total - decay, total))
@@ -82,25 +77,26 @@ def wsd(total: int | None = None, warmup: int = 0, decay: int = 0, end: float = 
     return Schedule(shape, clock, f"stable, then to {end:g} in the last {decay} of {total}, warm-up {warmup}")
 
 
-def _check_warmup(warmup: int) -> None:
-    if warmup < 0:
-        raise ConfigError(f"schedule.warmup={warmup} is not possible: it must be zero or more.")
+def _check_count(name: str, count: Any, least: int) -> None:
+    if not isinstance(count, int | float) or not math.isfinite(count) or count != int(count):
+        raise ConfigError(f"schedule.{name}={count!r} is not possible: it must be a whole number.")
+    if count < least:
+        raise ConfigError(f"schedule.{name}={count} is not possible: it must be {least or 'zero'} or more.")
 
 
-def _check(total: int | None, used: int) -> int:
-    _check_warmup(used)
+def _check(total: int | None, warmup: int, decay: int, end: float) -> int:
+    _check_count("warmup", warmup, 0)
+    _check_count("decay", decay, 0)
     if total is None:
         raise ConfigError("schedule.total is not given, and no limit tells it: set schedule.total, or limits.steps.")
-    if total < 1 or used > total:
+    _check_count("total", total, 1)
+    if warmup + decay > total:
         raise ConfigError(
-            f"schedule: warm-up and decay take {used} of {total} ticks: total must be as long as they are."
+            f"schedule: warm-up and decay take {warmup + decay} of {total} ticks: total must be as long as they are."
         )
+    if not isinstance(end, int | float) or not 0 <= end < math.inf:
+        raise ConfigError(f"schedule.end={end!r} is not possible: it must be a number that is zero or more.")
     return total
-
-
-def _check_end(end: float) -> None:
-    if not 0 <= end < math.inf:
-        raise ConfigError(f"schedule.end={end} is not possible: it must be a number that is zero or more.")
 
 
 def _progress(count: Number, start: int, stop: int) -> Number:

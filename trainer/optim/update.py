@@ -6,7 +6,6 @@ and the flag is read.
 """
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 from trainer import kernels
 from trainer.errors import ConfigError
 from trainer.gradient import norms
-from trainer.gradient.report import Number
 from trainer.optim.builders import fit_for_fused
 from trainer.optim.manual import Manual
 
@@ -50,8 +48,9 @@ def _asks_for(optimizer: Any) -> str | None:
     if isinstance(optimizer, LBFGS) or (hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")):
         return "closure"
     try:
-        parameters = inspect.signature(optimizer.step).parameters.values()
-    except (TypeError, ValueError):
+        # Of the class: a scheduler of torch wraps the instance's, whose signature then has a self.
+        _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
+    except (AttributeError, TypeError, ValueError):
         return None
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return next((p.name for p in parameters if p.default is p.empty and p.kind not in optional), None)
@@ -115,21 +114,26 @@ class Update:
         if not is_fused(optimizer):
             optimizer.step()
             return
-        # Fused SGD raises where some momenta of a group are made and others are not (a parameter joins later).
-        mixed = [group for group in optimizer.param_groups if group.get("momentum") and self._is_mixed(group)]
-        for group in mixed:
+        apart = [group for group in optimizer.param_groups if self._beyond_fused(group)]
+        for group in apart:
             group["fused"] = False
         try:
             optimizer.step()
         finally:
-            for group in mixed:
+            for group in apart:
                 group["fused"] = True
         for group in optimizer.param_groups:
             kernels.mark_changed([parameter for parameter in group["params"] if parameter.grad is not None])
 
-    def _is_mixed(self, group: dict[str, Any]) -> bool:
-        state = self.optimizer.state
+    def _beyond_fused(self, group: dict[str, Any]) -> bool:
+        """Whether torch's fused kernel would raise where the unfused one works: a sparse gradient, and in SGD momenta
+        of which some are made and others are not, as when a parameter joins later."""
         with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if any(parameter.grad.layout is not torch.strided for parameter in with_gradient):
+            return True
+        if not group.get("momentum"):
+            return False
+        state = self.optimizer.state
         made = [state.get(parameter, {}).get("momentum_buffer") is not None for parameter in with_gradient]
         return any(made) and not all(made)
 
@@ -138,34 +142,24 @@ class Update:
 
         On the step that makes the state it is not: fused SGD would keep uninitialised momentum, AdamW a state.
         """
-        return is_fused(self.optimizer) and not self._holds_doubles() and self._has_every_state()
+        return is_fused(self.optimizer) and not self._holds_doubles() and self._is_ready()
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-    def set_rates(self, rates: Sequence[Any]) -> None:
-        """The learning rate of each group."""
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
 
     def _holds_doubles(self) -> bool:
         # grad_scale is read as float32 only: it raises on float64 parameters.
         return any(p.dtype is torch.float64 for group in self.optimizer.param_groups for p in group["params"])
 
-    def _has_every_state(self) -> bool:
+    def _is_ready(self) -> bool:
         for group in self.optimizer.param_groups:
-            if group.get("momentum", None) == 0:
-                continue
+            stateless = group.get("momentum") == 0
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                if parameter.grad.layout is not torch.strided:
+                    return False
                 state = self.optimizer.state.get(parameter)
-                if not state or ("momentum" in group and state.get("momentum_buffer") is None):
+                if not stateless and (not state or ("momentum" in group and state.get("momentum_buffer") is None)):
                     return False
         return True
-
-
-def first_rate(optimizers: Sequence[Optimizer]) -> Number:
-    """The learning rate of the first group: what a report shows."""
-    rate: Number = optimizers[0].param_groups[0].get("lr", 0.0)
-    return rate

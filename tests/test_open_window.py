@@ -1,0 +1,214 @@
+"""The open window: backward starts from the true divisor where it is known, near it elsewhere."""
+
+import math
+
+import pytest
+import torch
+from reference import cut, farthest, mlp, rows
+from torch import Tensor, nn
+
+from trainer import ConfigError, Step, Sum, supervised
+from trainer.distributed.ranks import OneProcess
+from trainer.gradient.objective import Term, Weigher
+from trainer.gradient.open_window import _SEEDS, OpenWindow
+from trainer.optim import Manual
+from trainer.settings import GradientSettings
+
+SIZES = [4, 1, 5, 2]
+
+
+def watched(
+    objective: object, windows: list[list[object]], whole: bool
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """For each window: the sum of what tensor hooks on the parameters saw, and the final gradient."""
+    model = mlp()
+    step = Step(model, objective, torch.optim.SGD(model.parameters(), lr=0.0))
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, gradient: Tensor) -> None:
+        seen[name] = seen.get(name, torch.zeros_like(gradient)) + gradient
+
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: note(name, gradient))
+    sums, finals = [], []
+    for window in windows:
+        seen.clear()
+        if whole:
+            step(window)
+        else:
+            for micro_batch in window:
+                step.accumulate(micro_batch)
+            step.finish()
+        sums.append(dict(seen))
+        finals.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    return sums, finals
+
+
+def in_sum(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> Sum:
+    """A weight that nobody can know before: it comes out of the forward."""
+    return Sum((model(micro_batch[0]) - micro_batch[1]).square().sum(), len(micro_batch[0]))
+
+
+def test_hooks_see_the_true_gradient_where_the_window_is_known() -> None:
+    sums, finals = watched(supervised(nn.MSELoss()), [cut(rows(12), SIZES)] * 2, whole=True)
+    for seen, final in zip(sums, finals, strict=True):
+        assert farthest(seen, final) <= 1e-14
+
+
+@pytest.mark.parametrize(("objective", "whole"), [(supervised(nn.MSELoss()), False), (in_sum, False), (in_sum, True)])
+def test_hooks_see_it_within_root_two_once_the_guess_is_good(objective: object, whole: bool) -> None:
+    equal = cut(rows(12), [3, 3, 3, 3])
+    sums, finals = watched(objective, [equal] * 3, whole)
+    ratios = []
+    for seen, final in list(zip(sums, finals, strict=True))[1:]:
+        name = "0.weight"
+        ratio = float((seen[name] / final[name]).mean())
+        assert farthest(seen, {n: ratio * g for n, g in final.items()}) <= 1e-12  # one number for all of them
+        ratios.append(ratio)
+    assert all(1 / math.sqrt(2) <= ratio <= math.sqrt(2) for ratio in ratios)
+
+
+@pytest.mark.parametrize("objective", [supervised(nn.MSELoss()), in_sum])
+def test_a_clamping_hook_clamps_the_true_gradient(objective: object) -> None:
+    """Summed raw and divided at the end, this hook would cut at another place for every length of the window."""
+    limit = 0.02
+    found = []
+    for k in (1, 3):
+        model = mlp()
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient: gradient.clamp(-limit, limit))
+        data = rows(4)
+        window = [data] * k  # the same rows k times: the same mean
+        step = Step(model, objective, torch.optim.SGD(model.parameters(), lr=0.0), reduction="micro_batches")
+        step(window)
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert max(float(gradient.abs().max()) for gradient in found[-1].values()) <= k * limit
+    plain = mlp()
+    outcome = objective(plain, rows(4))
+    (outcome.total / outcome.weight if isinstance(outcome, Sum) else outcome).backward()
+    expected = {name: parameter.grad.clamp(-limit, limit) for name, parameter in plain.named_parameters()}
+    assert farthest(found[0], expected) <= 1e-12
+    thirds = {name: 3 * (parameter.grad / 3).clamp(-limit, limit) for name, parameter in plain.named_parameters()}
+    assert farthest(found[1], thirds) <= 1e-12
+
+
+def test_a_custom_function_is_given_the_true_gradient() -> None:
+    class Watched(torch.autograd.Function):
+        seen: list[Tensor] = []
+
+        @staticmethod
+        def forward(ctx: object, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            Watched.seen.append(gradient.clone())
+            return gradient
+
+    def objective(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(Watched.apply(model(micro_batch[0])), micro_batch[1])
+
+    class Told:
+        def __call__(self, model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> Tensor:
+            return objective(model, micro_batch)
+
+        def weight(self, micro_batch: tuple[Tensor, Tensor]) -> int:
+            return micro_batch[1].numel()
+
+    model, data = mlp(), rows(12)
+    objective(model, data).backward()
+    Step(model, Told(), Manual(model.parameters(), lr=0.0))(cut(data, SIZES))
+    whole, *parts = Watched.seen
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-14, atol=0)
+
+
+def test_a_backward_that_writes_into_what_it_is_given_spoils_no_later_step() -> None:
+    class Doubling(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            return gradient.mul_(2)
+
+    def objective(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> Tensor:
+        return Doubling.apply(nn.functional.mse_loss(model(micro_batch[0]), micro_batch[1]))
+
+    _SEEDS.clear()
+    data = rows(4)
+    found = []
+    for _ in range(3):
+        model = mlp()
+        step = Step(model, objective, Manual(model.parameters(), lr=0.0))
+        step([data])
+        found.append(model[0].weight.grad)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def window(
+    reduction: str = "mean", drawn: list[Tensor] | None = None, expected: dict[str, float] | None = None
+) -> OpenWindow:
+    weigher = Weigher(lambda m, b: b)
+    return OpenWindow(GradientSettings(reduction=reduction), weigher, OneProcess(), drawn, expected or {})
+
+
+def seeds(open_: OpenWindow, micro_batches: list[Tensor]) -> list[float]:
+    found = []
+    for micro_batch in micro_batches:
+        found.append(open_.seed(Term("loss", torch.ones(())), micro_batch, alone=True).item())
+        open_.count(micro_batch)
+    return found
+
+
+def test_seeds_and_leftovers() -> None:
+    drawn = [torch.ones(size, 2) for size in (3, 3, 2)]
+    assert seeds(window(drawn=drawn), drawn) == [3 / 8, 3 / 8, 2 / 8]
+    assert seeds(window("sum", drawn), drawn) == [3, 3, 2]
+    assert seeds(window("micro_batches", drawn), drawn) == [pytest.approx(1 / 3)] * 3
+    unknown = window()
+    assert seeds(unknown, drawn) == [3 / 4, 3 / 4, 2 / 4]  # the power of two nearest to 3
+    assert unknown.leftover() == 8 / 4
+    told = window(expected={"loss": 9.0})
+    assert seeds(told, drawn) == [3 / 8, 3 / 8, 2 / 8]
+    assert told.leftover() == 1.0
+    assert (told.micro_batches, told.rows, told.denominators()) == (3, 8, {"loss": 8.0})
+
+
+def test_a_micro_batch_of_weight_zero_has_no_seed() -> None:
+    open_ = window()
+    assert open_.seed(Term("loss", torch.tensor(math.nan)), torch.ones(0, 2), alone=True) is None
+    open_.count(torch.ones(0, 2))
+    assert open_.weighs_nothing()
+    assert open_.losses() == []
+    assert open_.leftover() == 1.0
+    assert math.isnan(open_.means()["loss"])
+
+
+def test_the_seed_has_the_shape_and_dtype_of_the_value() -> None:
+    for value in (torch.ones(1, 1), torch.ones((), dtype=torch.bfloat16)):
+        seed = window().seed(Term("loss", value), torch.ones(4, 2), alone=True)
+        assert (seed.shape, seed.dtype) == (value.shape, value.dtype)
+    vector = torch.tensor([1.0, 0.5])
+    seed = window(expected={"loss": 4.0}).seed(Term("loss", torch.ones(2), 1.0, vector), torch.ones(4, 2), alone=True)
+    assert torch.equal(seed, vector / 4)
+
+
+def test_many_different_seeds_do_not_pile_up() -> None:
+    for rows_ in range(1, 600):
+        window("sum").seed(Term("loss", torch.ones(())), torch.ones(rows_, 1), alone=True)
+    assert len(_SEEDS) <= 256
+
+
+def test_join_takes_the_same_window_and_refuses_another() -> None:
+    drawn = [torch.ones(3, 2), torch.ones(3, 2)]
+    open_ = window()
+    seeds(open_, drawn)
+    with pytest.raises(ConfigError, match="a window of 1 micro-batches was given while another is open with 2"):
+        open_.join(drawn[:1])
+    open_.join(drawn)
+    open_.join(drawn)
+    open_.join(None)
+    with pytest.raises(ConfigError, match="while another is open"):
+        open_.join(list(drawn))

@@ -1,0 +1,364 @@
+"""Every flat keyword of Trainer(...) reaches what it should. A new one without its test here turns the last test red."""
+
+import json
+import math
+
+import pytest
+import torch
+from runs import MSE, QUIET, bits, error, rows
+from torch import nn
+
+from trainer import ConfigError, DivergedError, Sum, Trainer
+from trainer.checkpoint import contents
+from trainer.data import order
+from trainer.optim import sgd
+from trainer.settings import flat_names
+
+TRIED: set[str] = set()
+
+
+def tries(*names):
+    """Marks a test as the one that proves these keywords."""
+    TRIED.update(names)
+    return lambda test: test
+
+
+class Sees:
+    """An objective that remembers the rows of its micro-batches in training."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.batches: list[list[float]] = []
+        self.evaluated: list[int] = []
+        self.modes: list[tuple[bool, bool]] = []
+        self.factor = factor
+
+    def __call__(self, model, batch):
+        value = (model(batch[0]) - batch[1]).square().mean() * self.factor
+        if model.training:
+            self.batches.append(batch[0][:, 0].tolist())
+        else:
+            self.evaluated.append(len(batch[0]))
+            self.modes.append((value.requires_grad, value.is_inference()))
+        return value
+
+
+class Hears:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.evaluations: list[int] = []
+        self.bests: list[bool] = []
+        self.norms: list = []
+
+    def start(self, event) -> None:
+        self.started = event
+
+    def step(self, report, seconds) -> None:
+        self.steps.append(report.clocks["windows"])
+        self.norms.append((report.grad_norm, report.clip_factor, report.loss))
+
+    def evaluate(self, event, model) -> None:
+        self.evaluations.append(event.clocks["windows"])
+        self.bests.append(event.best)
+
+    def skip(self, report) -> None: ...
+
+    def stop(self, event) -> None:
+        self.stopped = event
+
+
+def made(objective=MSE, count: int = 10, **flat) -> tuple[Trainer, Hears]:
+    torch.manual_seed(0)
+    hears = Hears()
+    dtype = torch.float64 if flat.get("precision") == "fp64" else torch.float32
+    model = flat.pop("model", None) or nn.Linear(3, 1, dtype=dtype)
+    optimizer = flat.pop("optimizer", None) or sgd(model.parameters(), lr=0.1)
+    flat = {**QUIET, "seed": 0, "batch_size": 2, "data": rows(count), "steps": 5, "log_every": 1, **flat}
+    return Trainer(model, objective, optimizer, loggers=[hears], **flat), hears
+
+
+def moved(trainer: Trainer, **flat) -> torch.Tensor:
+    trainer.fit()
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+@tries("seed")
+def test_seed() -> None:
+    sees = Sees()
+    made(sees, seed=7)[0].fit()
+    inputs = rows(10)[0][:, 0]
+    assert sum(sees.batches, []) == inputs[order(7, 0, 0, 10)].tolist()
+
+
+@tries("device")
+def test_device() -> None:
+    model = nn.Linear(3, 1)
+    trainer, hears = made(model=model, device="cpu")
+    trainer.fit()
+    assert hears.started.device == "cpu"
+    with pytest.raises(ConfigError, match="device='nowhere' is no device"):
+        made(device="nowhere")
+
+
+@tries("precision")
+def test_precision() -> None:
+    seen = []
+
+    def objective(model, batch):
+        outputs = model(batch[0])
+        seen.append(outputs.dtype)
+        return (outputs - batch[1]).square().mean()
+
+    for precision in ("fp32", "bf16", "fp64"):
+        made(objective, precision=precision, steps=1)[0].fit()
+    assert seen == [torch.float32, torch.bfloat16, torch.float64]
+
+
+@tries("tf32")
+def test_tf32() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        made(tf32=False)
+        assert not torch.backends.cuda.matmul.allow_tf32
+        made(tf32=True)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@tries("accumulation_steps", "batch_size", "steps")
+def test_accumulation_steps_batch_size_and_steps() -> None:
+    sees = Sees()
+    trainer, hears = made(sees, accumulation_steps=3, batch_size=2, steps=4)
+    trainer.fit()
+    # 10 rows are 5 micro-batches: windows of 3 and 2.
+    assert [len(batch) for batch in sees.batches] == [2] * 10
+    assert trainer.step.clocks.as_dict() == {
+        "micro_batches": 10, "windows": 4, "epochs": 2, "steps": 4, "rows": 20, "tokens": 0,
+    }  # fmt: skip
+    sees = Sees()
+    made(sees, batch_size=4, steps=3)[0].fit()
+    assert [len(batch) for batch in sees.batches] == [4, 4, 2]
+
+
+@tries("reduction")
+def test_reduction() -> None:
+    data = rows(3, torch.float64)
+    found = {}
+    for reduction in ("mean", "sum", "micro_batches"):
+        model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            model.weight.zero_()
+        flat = {"data": data, "batch_size": 2, "accumulation_steps": 2, "steps": 1, "shuffle": False}
+        found[reduction] = moved(made(model=model, reduction=reduction, **flat)[0])
+    by_row = 0.1 * 2 * data[1] * data[0]  # at zero weights, times the learning rate
+    assert torch.allclose(found["mean"], by_row.mean(0), atol=1e-12)
+    assert torch.allclose(found["sum"], by_row.sum(0), atol=1e-12)
+    assert torch.allclose(found["micro_batches"], (by_row[:2].mean(0) + by_row[2]) / 2, atol=1e-12)
+
+
+@tries("zero_grad")
+def test_zero_grad() -> None:
+    gradients = {}
+    for zero_grad in ("set_to_none", "zeros", "never"):
+        model = nn.Linear(3, 1)
+        trainer, _ = made(
+            model=model, optimizer=sgd(model.parameters(), lr=0.0), batch_size=10, steps=3, zero_grad=zero_grad
+        )
+        held = []
+        trainer._loggers.loggers[0].step = lambda report, seconds, m=model, h=held: h.append(m.weight.grad)
+        trainer.fit()
+        gradients[zero_grad] = held
+    assert torch.allclose(gradients["never"][-1], 3 * gradients["zeros"][-1], rtol=1e-5)
+    assert torch.equal(gradients["zeros"][-1], gradients["set_to_none"][-1])
+    assert len({id(gradient) for gradient in gradients["zeros"]}) == 1
+    assert len({id(gradient) for gradient in gradients["set_to_none"]}) == 3
+
+
+@tries("clip_norm", "clip_value")
+def test_clip_norm_and_clip_value() -> None:
+    _, hears = free = made()
+    free[0].fit()
+    assert all(norm is None and factor is None for norm, factor, _ in hears.norms)
+    trainer, hears = made(clip_norm=0.01)
+    trainer.fit()
+    for norm, factor, _ in hears.norms:
+        assert norm * factor == pytest.approx(0.01)
+    trainer, _ = made(clip_value=0.003, steps=1)
+    trainer.fit()
+    assert trainer.model.weight.grad.abs().max() == pytest.approx(0.003)
+    with pytest.raises(ConfigError, match="clip_norm and clip_value are both set"):
+        made(clip_norm=1.0, clip_value=1.0)
+
+
+@tries("nonfinite", "skips_in_a_row")
+def test_nonfinite_and_skips_in_a_row() -> None:
+    trainer, _ = made(Sees(math.nan), skips_in_a_row=3)
+    before = bits(contents.model_state(trainer.model))
+    with pytest.raises(DivergedError, match="3 steps in a row were skipped"):
+        trainer.fit()
+    assert (trainer.step.clocks.windows, trainer.step.clocks.steps) == (3, 0)
+    assert bits(contents.model_state(trainer.model)) == before
+    with pytest.raises(DivergedError, match="step 1 was not taken"):
+        made(Sees(math.nan), nonfinite="raise")[0].fit()
+    assert made(Sees(math.nan), nonfinite="allow")[0].fit().clocks["steps"] == 5
+
+
+@tries("coefficients")
+def test_coefficients() -> None:
+    def objective(model, batch):
+        return {"a": (model(batch[0]) - batch[1]).square().mean(), "b": model.weight.square().sum()}
+
+    found = []
+    for coefficients in ({}, {"b": 0.0}, {"b": 7.0}):
+        trainer, hears = made(objective, coefficients=coefficients, evaluation_data=rows(4), steps=1)
+        stop = trainer.fit()
+        assert stop.metrics["loss"] == pytest.approx(stop.metrics["a"] + coefficients.get("b", 1.0) * stop.metrics["b"])
+        found.append(bits(contents.model_state(trainer.model)))
+    assert found[0] != found[1] != found[2]
+
+
+@tries("shuffle", "drop_last", "workers")
+def test_shuffle_drop_last_and_workers() -> None:
+    inputs = rows(10)[0][:, 0].tolist()
+    sees = Sees()
+    made(sees, shuffle=False, steps=5)[0].fit()
+    assert sum(sees.batches, []) == inputs
+    sees = Sees()
+    made(sees, drop_last=True, batch_size=4, steps=4)[0].fit()
+    assert [len(batch) for batch in sees.batches] == [4] * 4
+    processes = set()
+
+    class Items(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, row):
+            worker = torch.utils.data.get_worker_info()
+            return torch.tensor([float(-1 if worker is None else worker.id), row, 0.0]), torch.zeros(1)
+
+    for workers in (0, 2):
+        sees = Sees()
+        made(sees, data=Items(), workers=workers, steps=5)[0].fit()
+        processes.add(tuple(sorted(set(sum(sees.batches, [])))))
+    assert processes == {(-1.0,), (0.0, 1.0)}
+
+
+@tries("evaluation_batch_size", "evaluate_every", "evaluate_clock", "grad_mode")
+def test_evaluation() -> None:
+    for mode, expected in (("no_grad", (False, False)), ("inference_mode", (False, True)), ("enabled", (True, False))):
+        sees = Sees()
+        trainer, hears = made(
+            sees,
+            evaluation_data=rows(7),
+            evaluation_batch_size=5,
+            evaluate_every=2,
+            evaluate_clock="windows",
+            grad_mode=mode,
+        )
+        trainer.fit()
+        assert hears.evaluations == [2, 4, 5]
+        assert sees.evaluated == [5, 2] * 3
+        assert set(sees.modes) == {expected}
+
+
+@tries("activation_checkpointing", "segments", "segment_modules")
+def test_activation_checkpointing() -> None:
+    counts = {}
+
+    class Counted(nn.Linear):
+        def forward(self, x):
+            counts["forwards"] += 1
+            return super().forward(x)
+
+    for settings, forwards in (
+        ({}, 4),
+        ({"activation_checkpointing": "none"}, 4),
+        ({"activation_checkpointing": "segments"}, 8),
+        ({"activation_checkpointing": "segments", "segments": 4}, 8),
+        ({"activation_checkpointing": "segments", "segment_modules": ["1", "2"]}, 6),
+    ):
+        counts["forwards"] = 0
+        model = nn.Sequential(Counted(3, 4), Counted(4, 4), Counted(4, 4), Counted(4, 1))
+        trainer, _ = made(model=model, steps=1, **settings)
+        trainer.fit()
+        assert counts["forwards"] == forwards, settings
+        if "segments" in settings:
+            assert len(trainer.step._segments.cuts[0].parts) == 4
+
+
+@tries("epochs", "rows", "time")
+def test_epochs_rows_and_time() -> None:
+    assert made(steps=None, epochs=3)[0].fit().reason == "3 epochs done"
+    assert made(steps=None, rows=7)[0].fit().clocks["rows"] == 8
+    assert made(steps=None, time=0.01)[0].fit().reason == "0.01 seconds are over"
+
+
+@tries("patience", "best_metric", "best_mode")
+def test_patience_best_metric_and_best_mode() -> None:
+    values = [3.0, 1.0, 5.0, 2.0, 4.0, 4.0, 4.0, 4.0]
+    for mode, best, evaluations in (("min", 1.0, 4), ("max", 5.0, 5)):
+        left = iter(values)
+
+        def metric(model, batch, left=left):
+            return {"mine": Sum(torch.tensor(next(left)), 1)}
+
+        trainer, hears = made(
+            steps=None,
+            epochs=8,
+            evaluation_data=rows(2),
+            metrics=metric,
+            patience=2,
+            best_metric="mine",
+            best_mode=mode,
+        )
+        stop = trainer.fit()
+        assert stop.best[:2] == ("mine", best)
+        assert stop.reason == "no new best in 2 evaluations"
+        assert len(hears.evaluations) == evaluations
+
+
+@tries("log_every", "log_clock")
+def test_log_every_and_log_clock() -> None:
+    trainer, hears = made(log_every=2)
+    trainer.fit()
+    assert hears.steps == [1, 2, 4, 5]
+    trainer, hears = made(log_every=6, log_clock="rows")
+    trainer.fit()
+    assert hears.steps == [1, 3, 5]
+
+
+@tries("console", "tensorboard", "metrics_file")
+def test_the_loggers_that_are_asked_for(tmp_path, capsys) -> None:
+    made(folder=tmp_path / "none")[0].fit()
+    assert not capsys.readouterr().err + capsys.readouterr().out
+    assert not [path for path in (tmp_path / "none").iterdir() if path.suffix != ".safetensors"]
+    made(folder=tmp_path / "metrics", metrics_file=True)[0].fit()
+    assert len((tmp_path / "metrics" / "metrics.jsonl").read_text().splitlines()) == 5
+    assert json.loads((tmp_path / "metrics" / "metrics.jsonl").read_text().splitlines()[0])["steps"] == 1
+    made(folder=tmp_path / "board", tensorboard=True)[0].fit()
+    assert list((tmp_path / "board").glob("events.out.tfevents*"))
+    made(console=True)[0].fit()
+    said = capsys.readouterr()
+    assert "window 1 × 2 rows" in said.out + said.err
+
+
+@tries("checkpoint_every", "checkpoint_clock", "checkpoint_last", "checkpoint_best")
+def test_checkpoints(tmp_path) -> None:
+    trainer, _ = made(folder=tmp_path / "every", checkpoint_every=2, checkpoint_clock="windows")
+    saved = []
+    save = trainer.state.save
+    trainer.state.save = lambda name: saved.append(trainer.step.clocks.windows) or save(name)
+    trainer.fit()
+    assert saved == [2, 4, 5]
+    for name, settings, there in (
+        ("both", {}, {"last.safetensors", "best.safetensors"}),
+        ("no last", {"checkpoint_last": False}, {"best.safetensors"}),
+        ("no best", {"checkpoint_best": False}, {"last.safetensors"}),
+    ):
+        made(folder=tmp_path / name, evaluation_data=rows(4), metrics=error, **settings)[0].fit()
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"model.safetensors", *there}
+
+
+def test_every_keyword_has_its_test() -> None:
+    assert set(flat_names()) == TRIED
