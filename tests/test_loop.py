@@ -403,7 +403,7 @@ def test_what_lies_in_the_folder_at_the_end(tmp_path) -> None:
     trainer.go_on = "the words"
     stop = trainer.fit()
     assert {name: path.name for name, path in stop.files.items()} == {
-        "model": MODEL, "checkpoint": LAST, "best": BEST, "metrics": "metrics.jsonl",
+        "model": MODEL, "checkpoint": LAST, "best": BEST, "metrics": "metrics.jsonl", "tensorboard": "run",
     }  # fmt: skip
     assert stop.go_on == "the words"
     found = sorted(path.name for path in (tmp_path / "run").iterdir())

@@ -56,9 +56,14 @@ def test_preserved_leaves_no_trace_also_after_an_error() -> None:
     state = rng.capture()
     expected = draw()
     rng.restore(state)
-    with pytest.raises(RuntimeError, match="inside"), rng.preserved():
-        draw()
-        raise RuntimeError("inside")
+
+    def fail() -> None:
+        with rng.preserved():
+            draw()
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert draw() == expected
 
 

@@ -71,8 +71,8 @@ def test_a_dataset_is_cut_by_the_settings_also_in_float64() -> None:
 
     data = torch.utils.data.Subset(TensorDataset(*rows(10)), range(10))
     Trainer(
-        model, MSE, sgd(model.parameters(), lr=0.1), data=data, batch_size=5, steps=1, precision="fp64", loggers=[Listens()],
-        **QUIET,
+        model, MSE, sgd(model.parameters(), lr=0.1), data=data, batch_size=5, steps=1, precision="fp64",
+        loggers=[Listens()], **QUIET,
     ).fit()  # fmt: skip
     assert starts[0].window == "window 1 × 5 rows = 5 rows, divided by elements"
 
@@ -107,7 +107,7 @@ def test_how_many_windows_there_will_be_is_not_known_for_a_stream() -> None:
 
 def test_the_total_is_what_a_run_draws() -> None:
     for flat in ({"epochs": 3, "accumulation_steps": 4}, {"epochs": 2, "drop_last": True}, {"steps": 9}):
-        settings, source, step = said(**flat)
+        settings, source, _ = said(**flat)
         model = nn.Linear(3, 1)
         trainer = Trainer(model, MSE, sgd(model.parameters(), lr=0.01), data=rows(100), batch_size=16, **flat, **QUIET)
         assert trainer.fit().clocks["windows"] == summary.total_windows(settings, source)

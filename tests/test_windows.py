@@ -37,10 +37,9 @@ def test_an_error_inside_a_window_hands_out_nothing_of_it(at) -> None:
                 raise OSError("the disk is gone")
             yield index
 
-    found = []
+    found: list[int] = []
     with pytest.raises(OSError, match="the disk is gone"):
-        for window in windows(data(), 3):
-            found.extend(window)
+        found.extend(item for window in windows(data(), 3) for item in window)
     assert found == list(range(at - at % 3))
 
 

@@ -125,8 +125,8 @@ class Trainer:
         resumed = self.state.resume(resume)
         if self._torn and resumed is None:
             raise TrainerError(
-                "the run was stopped while a step went into the parameters, which are between two steps now: go on from "
-                "a checkpoint (resume=), or make the model and the Trainer anew."
+                "the run was stopped while a step went into the parameters, which are between two steps now: go on "
+                "from a checkpoint (resume=), or make the model and the Trainer anew."
             )
         self._torn = False
         if self.settings.seed is not None and resumed is None and not self.step.clocks.windows:

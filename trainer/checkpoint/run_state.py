@@ -14,7 +14,8 @@ from trainer.step import Step
 LAST, BEST, MODEL = "last.safetensors", "best.safetensors", "model.safetensors"
 # Of the attributes below, those that are saved as they are.
 _OWN = (
-    "epoch_began", "order_seed", "best", "evaluations_without_best", "metrics", "evaluated_at", "owes_evaluation", "epoch_rng",
+    "epoch_began", "order_seed", "epoch_rng",
+    "best", "evaluations_without_best", "metrics", "evaluated_at", "owes_evaluation",
 )  # fmt: skip
 
 
@@ -125,10 +126,11 @@ class RunState:
             # All is checked before anything is changed.
             contents.check_model(self._model, state["model"], path)
             contents.check_optimizers(self._step.optimizers, state["optimizers"], path)
-            known, generators = {name: state[name] for name in _OWN}, state["rng"]
-            self._step.load_state_dict(state["step"])
+            known = {name: state[name] for name in _OWN}
+            step, generators = state["step"], state["rng"]
             contents.load_model(self._model, state["model"], path)
             contents.load_optimizers(self._step.optimizers, state["optimizers"], path)
+            self._step.load_state_dict(step)
             rng.restore(generators)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else f"does not hold what it should ({error})"
@@ -153,4 +155,7 @@ class RunState:
         if self._folder is None:
             return {}
         names = {"model": MODEL, "checkpoint": LAST, "best": BEST, "metrics": "metrics.jsonl"}
-        return {what: self._folder / name for what, name in names.items() if (self._folder / name).exists()}
+        files = {what: self._folder / name for what, name in names.items() if (self._folder / name).exists()}
+        if next(self._folder.glob("events.out.tfevents.*"), None) is not None:
+            files["tensorboard"] = self._folder
+        return files
