@@ -7,7 +7,6 @@ Everything between the last backward and the parameters is one number (`factor`:
 On the CPU both are read, which costs nothing there; elsewhere both stay on the device until somebody reads the report.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -18,16 +17,17 @@ from torch import Tensor
 from trainer import kernels
 from trainer.activations.segments import segments_for
 from trainer.distributed.ranks import OneProcess, Ranks
-from trainer.errors import ConfigError, DivergedError
+from trainer.errors import ConfigError, DivergedError, GradientError
 from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.explain import explain
 from trainer.gradient.objective import Objective, Weigher, check_differentiable, terms_of
 from trainer.gradient.open_window import OpenWindow
-from trainer.gradient.parameters import named_for, named_parameters
+from trainer.gradient.parameters import Trained
 from trainer.gradient.precision import autocast, check_precision
-from trainer.gradient.report import FREE_READS, Number, Report
+from trainer.gradient.report import Number, Report
+from trainer.gradient.verdict import Inspector
 from trainer.gradient.zeroing import Aside, add_back, can_put_back, put_back, zero
 from trainer.optim.rates import Rates
 from trainer.optim.update import Update, as_optimizers
@@ -73,21 +73,17 @@ class Step:
         self.weigher = Weigher(objective, count_rows)
         self.rates = Rates(schedule, self.optimizers)
         self._updates = [Update(one) for one in self.optimizers]
-        self._parameters: dict[str, Tensor] = {}
-        self._size, self._limited = -1, False
-        self._inputs: tuple[Tensor, ...] = ()
-        self._find_parameters()
+        self.parameters = Trained(model, self.optimizers)
         self._segments = segments_for(model, activation_checkpointing)
-        check_precision(precision, self._parameters)
-        self._device = next(iter(self._parameters.values())).device
+        check_precision(precision, self.parameters.by_name)
+        self._device = next(iter(self.parameters.by_name.values())).device
         self._autocast = autocast(precision, self._device.type)
         self._buffers = skips.KeptBuffers(model)
-        self._reads = self._device.type in FREE_READS
-        self._found = torch.zeros((), device=self._device)
-        self._one = torch.ones((), device=self._device)
+        self._inspector = Inspector(self.settings.nonfinite == "allow", self.ranks, self._device)
         self._open: OpenWindow | None = None
         self._aside: Aside = []
         self._expected: dict[str, float] = {}
+        self._moving = False
 
     def __call__(self, window: Sequence[Any], norms: bool = False) -> Report:
         """One step on a window: a sequence of micro-batches, drawn whole.
@@ -117,10 +113,11 @@ class Step:
         """
         open_ = self._open
         if open_ is None:
+            self._check_whole()
             open_ = self._open = OpenWindow(self.settings, self.weigher, self.ranks, window, self._expected)
             self._buffers.keep()
-            self._find_parameters()
-            self._aside = zero(self._parameters.values(), self.settings.zero_grad)  # zero
+            self.parameters.refresh()
+            self._aside = zero(self.parameters.by_name.values(), self.settings.zero_grad)  # zero
         elif window is not open_.drawn:
             open_.join(window)
         open_.enter()
@@ -137,10 +134,10 @@ class Step:
                 roots.append(term.value)
                 seeds.append(seed)
             else:
-                backward_apart(term.value, seed, self._parameters, apart)
+                backward_apart(term.value, seed, self.parameters.by_name, apart)
         if roots:
             try:
-                kernels.backward(tuple(roots), tuple(seeds), self._inputs, False)  # backward, accumulate
+                kernels.backward(tuple(roots), tuple(seeds), self.parameters.inputs, False)  # backward, accumulate
             except RuntimeError as error:
                 explain(error, self.model)
                 raise
@@ -155,7 +152,8 @@ class Step:
         try:
             report = self._finish(open_, norms)
         except BaseException:
-            self.cancel()
+            if not self._moving:
+                self.cancel()
             raise
         if report._skipped is True and self.settings.nonfinite == "raise" and report._reason != skips.ZERO_WEIGHT:
             raise DivergedError(
@@ -165,16 +163,16 @@ class Step:
 
     # The stages, in the order above.
 
-    def _finish(self, open_: OpenWindow, norms: bool) -> Report:
-        gradients = self._gather()
+    def _finish(self, open_: OpenWindow, norm_wanted: bool) -> Report:
+        gradients = self.parameters.gradients()
         self.ranks.sum_gradients([*gradients.values(), *open_.held_apart()])  # all_reduce
         factor = self._unscale(open_, gradients)  # unscale
         if self._aside or open_.apart():
-            gradients = self._gather()
-        bad, norm = self._inspect(open_, gradients, factor, norms)  # inspect
-        report = Report(
-            open_.means, open_.weights(), self.settings.coefficients, (open_.micro_batches, open_.rows, open_.tokens)
-        )
+            gradients = self.parameters.gradients()
+        norm_wanted = norm_wanted or self.settings.clip_norm is not None
+        bad, norm = self._inspector(open_, list(gradients.values()), factor, norm_wanted)  # inspect
+        size = (open_.micro_batches, open_.rows, open_.tokens)
+        report = Report(open_.means, open_.weights(), self.settings.coefficients, size)
         if norm is not None:
             report._grad_norm = norm * factor
         if open_.weighs_nothing():
@@ -209,38 +207,10 @@ class Step:
             norms.scale(list(gradients.values()), factor)
             factor = 1.0
         for held, own in apart:
-            add_apart(held, own, self._parameters)
+            add_apart(held, own, self.parameters.by_name)
         if self._aside:
             add_back(self._aside)
         return factor
-
-    def _inspect(
-        self, open_: OpenWindow, gradients: dict[str, Tensor], factor: Number, wanted: bool
-    ) -> tuple[bool | Tensor, Number | None]:
-        """Whether the window must be skipped, and the norm where a clip or a reader wants it."""
-        norm = norms.norm(list(gradients.values())) if wanted or self.settings.clip_norm is not None else None
-        nothing = None if self._reads else open_.weighs_nothing_on(self._device)
-        if self.settings.nonfinite == "allow":
-            return False if nothing is None else nothing, norm
-        if self._reads:
-            if not all(math.isfinite(value) for _, _, value in open_.losses()):
-                return self.ranks.any_flag(True), norm
-            if norm is not None:
-                return self.ranks.any_flag(not math.isfinite(norm * factor)), norm
-            norms.nonfinite(list(gradients.values()), self._found, self._one)
-            bad = self._found.item() != 0.0
-            if bad:
-                self._found.zero_()
-            return self.ranks.any_flag(bad), norm
-        found = torch.zeros_like(self._found)
-        losses = [torch.as_tensor(value, device=self._device) for _, _, value in open_.losses()]
-        # Stacked, they are a copy: the check multiplies what it checks, and the caller's loss is not ours to write to.
-        norms.nonfinite([*gradients.values(), *([torch.stack(losses)] if losses else [])], found, self._one)
-        if nothing is not None:
-            found = torch.maximum(found, nothing)
-        if norm is not None:
-            found = torch.maximum(found, (~torch.as_tensor(norm, device=self._device).isfinite()).to(found))
-        return found, norm
 
     def _clip(self, gradients: dict[str, Tensor], factor: Number, report: Report) -> Number:
         if self.settings.clip_norm is not None and report._grad_norm is not None:
@@ -255,6 +225,7 @@ class Step:
 
     def _step(self, factor: float, report: Report) -> None:
         report._lr = self.rates.set(self.clocks)
+        self._moving = True
         for update in self._updates:
             update.apply(factor)
         self.rates.taken()
@@ -265,6 +236,7 @@ class Step:
     def _step_if(self, bad: Tensor, factor: Number, report: Report) -> None:
         factor = torch.as_tensor(factor, dtype=torch.float32, device=self._device)
         report._lr = self.rates.set_on(self.clocks, self._device)
+        self._moving = True
         for update in self._updates:
             update.apply_if_finite(factor, bad)
         self._buffers.put_back(bad)
@@ -297,31 +269,9 @@ class Step:
         open_.close()
         self._aside = []
         self._open = None
+        self._moving = False
 
     # What the stages ask for.
-
-    def _gather(self) -> dict[str, Tensor]:
-        """The gradients that there are, by name; sparse ones coalesced, as their values are changed in place."""
-        found = {}
-        for name, parameter in self._parameters.items():
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if gradient.layout is not torch.strided and not gradient.is_coalesced():
-                gradient = parameter.grad = gradient.coalesce()
-            found[name] = gradient
-        return found
-
-    def _find_parameters(self) -> None:
-        """The parameters again where a group was added, and those that backward is limited to."""
-        size = sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
-        if size != self._size:
-            self._size = size
-            self._parameters = named_for(self.model, self.optimizers)
-            own = {id(parameter) for parameter in self._parameters.values()}
-            self._limited = any(id(p) not in own for p in named_parameters(self.model).values() if p.requires_grad)
-        if self._limited:
-            self._inputs = tuple(parameter for parameter in self._parameters.values() if parameter.requires_grad)
 
     def _defers(self) -> bool:
         """Whether the verdict can stay on the device; `raise` has to know it."""
@@ -329,17 +279,25 @@ class Step:
             return False
         return all(one.defers() for one in self._updates)
 
+    def _check_whole(self) -> None:
+        if self._moving:
+            raise GradientError(
+                "the last step was cut off while its parameters were being changed: load the last checkpoint first."
+            )
+
     @property
-    def is_open(self) -> bool:
-        """Whether a window is begun and not yet ended."""
-        return self._open is not None
+    def is_torn(self) -> bool:
+        """Whether a step was cut off (by Ctrl-C, say) while its parameters were being changed. Such a state must not be
+        saved or gone on from; `load_state_dict` mends it."""
+        return self._moving
 
     def cancel(self) -> None:
         """Give the open window up: parameters, buffers, optimizer and clocks as they were before it."""
         if self._open is not None:
+            self._check_whole()
             self._open = None
             zero_grad = self.settings.zero_grad
-            zero(self._parameters.values(), "set_to_none" if zero_grad == "never" else zero_grad)
+            zero(self.parameters.by_name.values(), "set_to_none" if zero_grad == "never" else zero_grad)
             put_back(self._aside)
             self._aside = []
             self._buffers.put_back()
@@ -349,6 +307,7 @@ class Step:
 
         The optimizers' states are theirs, the parameters and buffers the model's.
         """
+        self._check_whole()
         window = None
         if self._open is not None:
             self._open.check_whole()
@@ -359,8 +318,8 @@ class Step:
             "expected": {name: float(weight) for name, weight in self._expected.items()},
             "rates": self.rates.state_dict(),
             "open": window,
-            "gradients": saved.save(self._gather(), self.settings.zero_grad, window is not None),
-            "aside": saved.save_aside(self._aside, self._parameters),
+            "gradients": saved.save(self.parameters.gradients(), self.settings.zero_grad, window is not None),
+            "aside": saved.save_aside(self._aside, self.parameters.by_name),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -369,19 +328,20 @@ class Step:
 
         Raises CheckpointError, having changed nothing, for a gradient that does not fit the parameters.
         """
-        self._find_parameters()
+        self.parameters.refresh()
+        own = self.parameters.by_name
         for part in ("gradients", "aside"):
-            saved.check_fit(state[part], self._parameters)
+            saved.check_fit(state[part], own)
         self.clocks.load_state_dict(state["clocks"])
         self.skips_in_a_row = int(state["skips_in_a_row"])
         self._expected = dict(state["expected"])
         self.rates.load_state_dict(state["rates"])
-        put_back(saved.load(state["gradients"], self._parameters))
-        self._open, self._aside = None, []
+        put_back(saved.load(state["gradients"], own))
+        self._open, self._aside, self._moving = None, [], False
         window = state["open"]
         if window is not None:
             self._open = OpenWindow(self.settings, self.weigher, self.ranks, None, self._expected)
             self._open.load_state_dict(window["sums"])
             self._buffers.load_state_dict(window["buffers"])
             if self.settings.zero_grad == "never":
-                self._aside = saved.load(state["aside"], self._parameters)
+                self._aside = saved.load(state["aside"], own)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from trainer import rng
 from trainer.data.order import mixed, order
@@ -103,6 +103,20 @@ class TensorSource:
         return placed
 
 
+def of_epoch(dataset: Any, seed: int, epoch: int) -> Any:
+    """The dataset as it is in an epoch: what its method `for_epoch(seed, epoch)` returns, where it has one.
+
+    So augmentation can be a pure function of (seed, epoch, row), which neither workers nor a resume can change. The
+    method returns a dataset and changes nothing in its own. Also asked for behind a Subset, that is a random_split.
+    """
+    for_epoch = getattr(dataset, "for_epoch", None)
+    if callable(for_epoch):
+        return for_epoch(seed, epoch)
+    if type(dataset) is Subset:
+        return Subset(of_epoch(dataset.dataset, seed, epoch), dataset.indices)
+    return dataset
+
+
 class DatasetSource:
     """A map-style dataset, its items collated by torch's DataLoader in the trainer's order."""
 
@@ -140,7 +154,13 @@ class DatasetSource:
         generator.manual_seed(mixed(seed, epoch, 1))
         batches = [batch.tolist() for batch in rows.split(self._batch_size)]
         workers = self._settings.workers
-        dataset = _Seeded(self._dataset, mixed(seed, epoch, 2)) if workers else self._dataset
+        dataset = of_epoch(self._dataset, seed, epoch)
+        if len(dataset) != self._total:
+            raise DataError(
+                f"{type(self._dataset).__name__}.for_epoch({seed}, {epoch}) gave {len(dataset)} rows, where the dataset "
+                f"has {self._total}: every epoch has the same rows."
+            )
+        dataset = _Seeded(dataset, mixed(seed, epoch, 2)) if workers else dataset
         return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=generator))
 
 

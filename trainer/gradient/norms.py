@@ -19,6 +19,8 @@ _FEW = 16
 
 def plain(gradients: Sequence[Tensor]) -> list[Tensor]:
     """The numbers in the gradients as dense real tensors: coalesced values of sparse ones, complex viewed as real."""
+    if not any(gradient.layout is not torch.strided or gradient.is_complex() for gradient in gradients):
+        return list(gradients)
     values = []
     for gradient in gradients:
         if gradient.layout is not torch.strided:
@@ -29,10 +31,23 @@ def plain(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 def groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """The tensors by device and dtype, as the foreach kernels want them."""
+    if _are_alike(tensors):
+        return [list(tensors)]
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         found.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return list(found.values())
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are of one device and dtype, which is the rule, and cheaper to see than to sort."""
+    if not tensors:
+        return False
+    device, dtype = tensors[0].device, tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype is not dtype or tensor.device != device:
+            return False
+    return True
 
 
 def norm(gradients: Sequence[Tensor]) -> Number:

@@ -53,6 +53,7 @@ class Cotangents:
 
 
 Answer = Tensor | Sum | Cotangents
+_ANSWERS = (Tensor, Sum, Cotangents)
 Outcome = Answer | Mapping[str, Answer]
 
 
@@ -82,7 +83,7 @@ class Term:
 
 def terms_of(outcome: Any, objective: Any) -> list[Term]:
     """The terms of an objective's answer. Raises ObjectiveError where it is none of the four forms."""
-    if isinstance(outcome, Tensor | Sum | Cotangents):
+    if isinstance(outcome, _ANSWERS):
         return [_term(MEAN, outcome, objective)]
     if isinstance(outcome, Mapping):
         if not outcome:
@@ -250,7 +251,7 @@ class Weigher:
         return self._named(name, self._declared(micro_batch))
 
     def _named(self, name: str, weight: Any) -> Number:
-        if isinstance(weight, Mapping):
+        if type(weight) is not float and isinstance(weight, Mapping):
             self.names_weights = True
             if name not in weight:
                 raise ObjectiveError(

@@ -66,7 +66,10 @@ class OpenWindow:
         self.rows = 0
         self.tokens = 0
         self.terms: dict[str, TermSum] = {}
+        self.losses_are_finite = True
+        """Whether every value so far is finite, as far as the host knows."""
         self._settings = settings
+        self._any_apart = False
         self._weigher = weigher
         self._ranks = ranks
         self._expected = expected
@@ -113,7 +116,7 @@ class OpenWindow:
 
         `alone` says that the objective has answered with this one term.
         """
-        weight = self._weight(term, micro_batch)
+        weight = term.weight if term.weight is not None else self._mean_weight(term.name, micro_batch)
         sums = self.terms.get(term.name)
         if sums is None:
             sums = self.terms[term.name] = self._start(term, weight, alone)
@@ -124,7 +127,10 @@ class OpenWindow:
             factor: Number = 1.0 if term.weight is None else 1.0 / _not_zero(weight)
         else:
             factor = weight if term.weight is None else 1.0
-        sums.values.append((self.micro_batches, term.number(), factor))
+        value = term.number()
+        if type(value) is float and not math.isfinite(value):
+            self.losses_are_finite = False
+        sums.values.append((self.micro_batches, value, factor))
         number = self._settings.coefficients.get(term.name, 1.0) * self._ranks.world_size * factor / sums.divisor
         seed = _seed(number, term.value)
         return seed if term.vector is None else term.vector.to(term.value) * seed
@@ -147,6 +153,8 @@ class OpenWindow:
 
     def apart(self) -> list[tuple[dict[str, Tensor], Number]]:
         """The gradients that were held apart, each with its own leftover."""
+        if not self._any_apart:
+            return []
         return [(sums.apart, self._leftover(sums)) for sums in self.terms.values() if sums.apart is not None]
 
     def held_apart(self) -> list[Tensor]:
@@ -195,13 +203,16 @@ class OpenWindow:
             return sums.weight
         return float(self.micro_batches) if self._settings.reduction == "micro_batches" else 1.0
 
-    def _weight(self, term: Term, micro_batch: Any) -> Number:
-        if term.weight is not None:
-            return term.weight
-        known, drawn, index = self._weights.get(term.name), self.drawn, self.micro_batches
-        if known is not None and drawn is not None and index < len(drawn) and drawn[index] is micro_batch:
-            return known[index]
-        return self._weigher.mean_weight(term.name, micro_batch)
+    def _mean_weight(self, name: str, micro_batch: Any) -> Number:
+        """What a mean counts in this micro-batch; of a window that was drawn whole, all are weighed at once."""
+        if self.drawn is None:
+            return self._weigher.mean_weight(name, micro_batch)
+        known = self._weights.get(name)
+        if known is None:
+            known = self._weights[name] = [self._weigher.mean_weight(name, drawn) for drawn in self.drawn]
+        if self.micro_batches < len(known) and self.drawn[self.micro_batches] is micro_batch:
+            return known[self.micro_batches]
+        return self._weigher.mean_weight(name, micro_batch)
 
     def _start(self, term: Term, weight: Number, alone: bool) -> TermSum:
         divisor, exact = self._divisor(term, weight)
@@ -217,6 +228,7 @@ class OpenWindow:
                 divisor = base.divisor
         if self._settings.reduction == "mean" and self.micro_batches:
             together = False  # it was not in the first micro-batch, so its Σ weight is another
+        self._any_apart = self._any_apart or not together
         return TermSum(divisor, exact, kind, apart=None if together else {})
 
     def _divisor(self, term: Term, weight: Number) -> tuple[Number, bool]:
@@ -229,10 +241,7 @@ class OpenWindow:
                 return float(length), True
             return power_of_two(self._expected.get(term.name, 1.0)), False
         if self.drawn is not None and (term.weight is None or self._weigher.declares):
-            if term.weight is None:
-                weights = self._weights[term.name] = [self._weigher.mean_weight(term.name, m) for m in self.drawn]
-            else:
-                weights = [self._weigher.mean_weight(term.name, m) for m in self.drawn]
+            weights = self._weights.get(term.name) or [self._weigher.mean_weight(term.name, m) for m in self.drawn]
             total = self._ranks.sum_weight(sum(weights[1:], weights[0]))
             return _not_zero(total), True
         if length == 1:
@@ -281,6 +290,8 @@ class OpenWindow:
             )
             for name, sums in state["terms"].items()
         }
+        self._any_apart = any(sums.apart is not None for sums in self.terms.values())
+        self.losses_are_finite = all(math.isfinite(value) for _, _, value in self.losses())
 
 
 def _not_zero(divisor: Number) -> Number:
@@ -293,14 +304,13 @@ def _seed(number: Number, value: Tensor) -> Tensor:
     """A tensor of value's dtype and device and, for a scalar, its shape."""
     if isinstance(number, Tensor):
         return number.to(value.device, value.dtype).reshape(value.shape if value.numel() == 1 else ())
-    shape = value.shape if value.numel() == 1 else torch.Size(())
     key = (number, value.dtype, value.device)
     seed = _SEEDS.get(key)
     if seed is None or seed._version:  # a backward that changes what it is given in place must not change the next one
         if len(_SEEDS) >= _MOST_SEEDS:
             _SEEDS.clear()
         seed = _SEEDS[key] = torch.full((), number, dtype=value.dtype, device=value.device)
-    return seed if not shape else seed.reshape(shape)
+    return seed.reshape(value.shape) if value.dim() and value.numel() == 1 else seed
 
 
 def _as_floats(numbers: list[Number]) -> list[float]:

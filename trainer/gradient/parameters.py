@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -84,3 +85,44 @@ def named_for(model: Any, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     if not found:
         raise ConfigError("the optimizer holds no parameters: build it from those of the model.")
     return found
+
+
+class Trained:
+    """The parameters under training: those of the optimizers, by name, and their gradients."""
+
+    def __init__(self, model: Any, optimizers: Sequence[Optimizer]) -> None:
+        self._model = model
+        self._optimizers = optimizers
+        self._size = -1
+        self._limited = False
+        self.by_name: dict[str, Tensor] = {}
+        self.inputs: tuple[Tensor, ...] = ()
+        """What backward is limited to; empty where it may reach everything."""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again where a group was added. Costs nothing else, so it comes with every window."""
+        size = 0
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                size += len(group["params"])
+        if size != self._size:
+            self._size = size
+            self.by_name = named_for(self._model, self._optimizers)
+            own = {id(parameter) for parameter in self.by_name.values()}
+            others = named_parameters(self._model).values()
+            self._limited = any(id(parameter) not in own for parameter in others if parameter.requires_grad)
+        if self._limited:
+            self.inputs = tuple(parameter for parameter in self.by_name.values() if parameter.requires_grad)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that there are, by name; sparse ones coalesced, as their values are changed in place."""
+        found = {}
+        for name, parameter in self.by_name.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not torch.strided and not gradient.is_coalesced():
+                gradient = parameter.grad = gradient.coalesce()
+            found[name] = gradient
+        return found

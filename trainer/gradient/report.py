@@ -27,7 +27,7 @@ class Report:
     """
 
     __slots__ = (
-        "_clip_factor", "_clocks", "_grad_norm", "_lr", "_reason", "_skipped", "_terms", "_weights",
+        "_clip_factor", "_clocks", "_grad_norm", "_loss", "_lr", "_reason", "_skipped", "_terms", "_weights",
         "coefficients", "micro_batches", "rows", "tokens",
     )  # fmt: skip
 
@@ -42,6 +42,7 @@ class Report:
         self._weights = weights
         self.coefficients = coefficients
         self.micro_batches, self.rows, self.tokens = size
+        self._loss: float | None = None
         self._grad_norm: Number | None = None
         self._clip_factor: Number | None = None
         self._skipped: bool | Tensor = False
@@ -57,11 +58,12 @@ class Report:
 
     @property
     def loss(self) -> float:
-        # A term that weighs nothing in this window has no mean; it says nothing about the others.
-        weighed = [name for name, weight in self.weights.items() if weight != 0.0]
-        if not weighed:
-            return float("nan")
-        return sum(self.coefficients.get(name, 1.0) * self.terms[name] for name in weighed)
+        if self._loss is None:
+            # A term that weighs nothing in this window has no mean; it says nothing about the others.
+            weighed = [name for name, weight in self.weights.items() if weight != 0.0]
+            means = [self.coefficients.get(name, 1.0) * self.terms[name] for name in weighed]
+            self._loss = sum(means) if means else float("nan")
+        return self._loss
 
     @property
     def weights(self) -> dict[str, float]:

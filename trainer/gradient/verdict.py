@@ -1,0 +1,66 @@
+"""The verdict on a window: whether its loss and its gradient are finite, and the norm where one is wanted.
+
+On the CPU the answer is read; elsewhere it is a flag (float32, exactly 0 or 1) that stays on the device.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.distributed.ranks import Ranks
+from trainer.gradient import norms
+from trainer.gradient.open_window import OpenWindow
+from trainer.gradient.report import FREE_READS, Number
+
+
+class Inspector:
+    """Looks at one window's gradients at a time.
+
+    Args:
+        allow: whether what is not finite may go into the parameters; then only a weight of zero is looked for.
+        device: of the parameters.
+    """
+
+    def __init__(self, allow: bool, ranks: Ranks, device: torch.device) -> None:
+        self.reads = device.type in FREE_READS
+        self._allow = allow
+        self._ranks = ranks
+        self._device = device
+        self._found = torch.zeros((), device=device)
+        self._one = torch.ones((), device=device)
+
+    def __call__(
+        self, window: OpenWindow, gradients: Sequence[Tensor], factor: Number, norm_wanted: bool
+    ) -> tuple[bool | Tensor, Number | None]:
+        """(whether the step must be skipped, the norm of the gradients as they are).
+
+        `factor` is what they will still be multiplied with: a norm that overflows with it is not finite.
+        """
+        norm = norms.norm(gradients) if norm_wanted else None
+        if self.reads:
+            return (not self._allow and self._ranks.any_flag(self._is_bad(window, gradients, factor, norm))), norm
+        nothing = window.weighs_nothing_on(self._device)
+        if self._allow:
+            return False if nothing is None else nothing, norm
+        found = torch.zeros_like(self._found)
+        losses = [torch.as_tensor(value, device=self._device) for _, _, value in window.losses()]
+        # Stacked, they are a copy: the check multiplies what it checks, and the caller's loss is not ours to write to.
+        norms.nonfinite([*gradients, *([torch.stack(losses)] if losses else [])], found, self._one)
+        if nothing is not None:
+            found = torch.maximum(found, nothing)
+        if norm is not None:
+            found = torch.maximum(found, (~torch.as_tensor(norm, device=self._device).isfinite()).to(found))
+        return found, norm
+
+    def _is_bad(self, window: OpenWindow, gradients: Sequence[Tensor], factor: Number, norm: Number | None) -> bool:
+        if not window.losses_are_finite:
+            return True
+        if norm is not None:
+            return not math.isfinite(norm * factor)
+        norms.nonfinite(gradients, self._found, self._one)
+        if self._found.item() == 0.0:
+            return False
+        self._found.zero_()
+        return True
