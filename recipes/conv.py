@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
+from trainer.recipes.digits import images
 
 from trainer.data import Split, mixed
 from trainer.errors import ConfigError
-from trainer.recipes.digits import images
 
 
 class Moved(Dataset[tuple[Tensor, Tensor]]):
@@ -47,7 +47,7 @@ def moved_images(held_out: int = 360, seed: int = 0, most: int = 1) -> Split:
 
 
 def net(width: int = 16) -> nn.Sequential:
-    """Images of shape (rows, 1, 8, 8) to ten logits, by three convolutions with `width`, 2 and 4 times `width` planes."""
+    """Images of shape (rows, 1, 8, 8) to ten logits, by convolutions to `width`, 2 and 4 times `width` planes."""
     return nn.Sequential(
         *(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
         *(nn.Conv2d(width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU()),

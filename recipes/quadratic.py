@@ -10,7 +10,10 @@ from trainer.data import Split
 
 
 class Quadratic(torch.autograd.Function):
-    """a·x² + b·x + c for x of any shape and a, b, c of shape (). At x=3, a=2, b=1, c=4 its gradients are 13, 9, 3, 1."""
+    """a·x² + b·x + c for x of any shape and a, b, c of shape ().
+
+    At x = 3, a = 2, b = 1, c = 4 it is 25, and its gradients by x, a, b and c are 13, 9, 3 and 1.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -18,7 +21,7 @@ class Quadratic(torch.autograd.Function):
         return a * x**2 + b * x + c
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         x, a, b = ctx.saved_tensors
         # One a serves every x, so its gradient is the sum over all of them; b's and c's likewise.
         return gradient * (2 * a * x + b), (gradient * x**2).sum(), (gradient * x).sum(), gradient.sum()
@@ -42,11 +45,13 @@ class Parabola:
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape; the result has the same."""
-        result: Tensor = Quadratic.apply(x, self.a, self.b, self.c)
+        result: Tensor = Quadratic.apply(x, self.a, self.b, self.c)  # type: ignore[no-untyped-call]
         return result
 
 
-def points(a: float, b: float, c: float, noise: float = 0.5, rows: int = 320, held_out: int = 64, seed: int = 0) -> Split:
+def points(
+    a: float, b: float, c: float, noise: float = 0.5, rows: int = 320, held_out: int = 64, seed: int = 0
+) -> Split:
     """Points of a parabola: x in [-2, 2) and y with normal noise of the standard deviation `noise`, of shape (rows, 1).
 
     They follow from `seed` alone, not from the seed of the run.

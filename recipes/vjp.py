@@ -8,14 +8,22 @@ import torch
 from torch import Tensor
 
 from trainer.data import Split
+from trainer.errors import ConfigError
 from trainer.gradient.objective import Cotangents
+
+
+def two(key: str, numbers: Sequence[float]) -> list[float]:
+    """Two numbers of the config. Raises ConfigError for anything else."""
+    if not isinstance(numbers, list | tuple) or len(numbers) != 2 or not all(type(n) in (int, float) for n in numbers):
+        raise ConfigError(f"{key}={numbers} is not possible: write two numbers, {key}=[1,0.5].")
+    return [float(number) for number in numbers]
 
 
 class Powers:
     """The leaf tensor x of shape (2,), and y = [x0², x1³] of shape (2,)."""
 
     def __init__(self, x: Sequence[float]) -> None:
-        self.x = torch.tensor(list(x), dtype=torch.float32, requires_grad=True)
+        self.x = torch.tensor(two("model.x", x), requires_grad=True)
 
     def forward(self) -> Tensor:
         return torch.stack((self.x[0] ** 2, self.x[1] ** 3))
@@ -23,7 +31,7 @@ class Powers:
 
 def vectors(v: Sequence[float]) -> Split:
     """The data are the vectors: one row, of shape (1, 2)."""
-    rows = (torch.tensor([list(v)], dtype=torch.float32),)
+    rows = (torch.tensor([two("data.source.v", v)]),)
     return Split(train=rows, evaluation=rows)
 
 

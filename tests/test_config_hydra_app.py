@@ -182,6 +182,7 @@ SENTENCES = [
     (["a=[1"], "'a=[1' is not understood"),
     (["seed=${nope}"], "seed: Interpolation key 'nope' not found."),
     (["seed=???"], "seed has no value yet (???): write seed=VALUE."),
+    (["model.width=???"], "model.width has no value yet (???): write model.width=VALUE."),
     (["foo@bar=3"], "there is no setting 'foo': choose one of:"),
     (["hydra.run.dirr=3"], "there is no setting 'hydra.run.dirr': did you mean 'hydra.run.dir'?"),
     (["precision=fp16"], "precision='fp16' is not possible"),

@@ -11,7 +11,18 @@ from runs import MSE, QUIET, Interrupted, Line, bits, error, lines, net, rows, t
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainer import ConfigError, DataError, DivergedError, Settings, Step, Trainer, TrainerError, rng, supervised
+from trainer import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    GradientError,
+    Settings,
+    Step,
+    Trainer,
+    TrainerError,
+    rng,
+    supervised,
+)
 from trainer.checkpoint import contents, store
 from trainer.checkpoint.run_state import BEST, LAST, MODEL
 from trainer.optim import Manual, sgd
@@ -190,7 +201,7 @@ def test_ctrl_c_gives_the_window_up_and_the_run_goes_on_as_if_nothing_was(forwar
         stopped.fit()
     done = stopped.step.clocks.steps
     assert done == {1: 0, 2: 0, 4: 1, 9: 3}[forward]
-    assert not stopped.step.is_open
+    assert not stopped.step.is_torn
     assert (tmp_path / LAST).exists() is (done > 0)
     if done:
         assert store.load(tmp_path / LAST)["step"]["clocks"]["steps"] == done
@@ -230,8 +241,9 @@ def test_a_step_that_was_cut_off_inside_the_update_is_not_saved(tmp_path) -> Non
     assert not torch.equal(state["model"]["weight"], model.weight), "the parameters went on by half a step"
     assert not (tmp_path / MODEL).exists()
     assert watches.events[-1][1].reason == "stopped by Ctrl-C"
-    with pytest.raises(TrainerError, match="stopped while a step went into the parameters"):
+    with pytest.raises(GradientError, match="the last step was cut off while its parameters were being changed"):
         trainer.fit()
+    assert store.load(tmp_path / LAST)["step"]["clocks"]["steps"] == 4
     trainer.fit(resume="auto")
     torch.manual_seed(0)
     fresh = nn.Linear(3, 1)

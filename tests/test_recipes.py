@@ -16,10 +16,10 @@ from trainer.errors import DataError
 SILENT = ["loggers.console=false"]
 
 
-def trainer_of(*overrides):
+def trainer_of(*overrides, folder=None):
     with hydra_app.opened(None) as (_, loader):
         config = schema.read(hydra_app.composed(hydra_app.compose(loader, "train", [*overrides, *SILENT])))
-    return build(config, Door())
+    return build(config, Door(), folder)
 
 
 def by_hand(seed: int) -> tuple[Tensor, Tensor]:
@@ -98,6 +98,10 @@ def test_digits_without_scikit_learn_and_with_too_many_held_out_rows(monkeypatch
 @pytest.mark.parametrize(
     "option", ["optimizer=sgd", "optimizer=adamw", "schedule=cosine", "gradient.accumulation_steps=2"]
 )
-def test_every_recipe_runs_with_other_options(recipe, option):
-    stop = trainer_of(f"recipe={recipe}", option, "debug=fast").fit()
+def test_every_recipe_runs_with_other_options(recipe, option, tmp_path):
+    needs = []
+    if recipe == "tabular":  # the only one that comes without data
+        (tmp_path / "my.csv").write_text("a,price\n" + "".join(f"{row},{row * row + 0.5}\n" for row in range(20)))
+        needs = [f"data.source.path='{tmp_path / 'my.csv'}'", "data.source.target=price"]
+    stop = trainer_of(f"recipe={recipe}", option, "debug=fast", *needs).fit()
     assert stop.clocks["steps"] == 3 and stop.metrics["loss"] > 0

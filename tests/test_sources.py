@@ -210,6 +210,56 @@ def test_what_items_draw_at_random_in_workers_depends_on_their_rows_alone() -> N
     assert len({round(float(x), 6) for x in torch.cat([*whole, *other]).flatten()}) == 24
 
 
+class Augmented(Dataset):
+    """Items that tell the seed and the epoch that they were made for."""
+
+    def __init__(self, count: int, seed: int = -1, epoch: int = -1) -> None:
+        self.count, self.seed, self.epoch = count, seed, epoch
+
+    def for_epoch(self, seed: int, epoch: int) -> "Augmented":
+        return Augmented(self.count, seed, epoch)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> tuple[int, int, int]:
+        return self.seed, self.epoch, row
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "wrapped", [lambda d: d, lambda d: Subset(d, range(10)), lambda d: Subset(Subset(d, range(10)), range(10))]
+)
+def test_a_dataset_is_asked_for_its_epoch(workers, wrapped, untouched) -> None:
+    data = Augmented(10)
+    source = source_of(wrapped(data), DataSettings(batch_size=4, workers=workers))
+    for epoch, position in ((0, 0), (3, 0), (3, 1), (0, 2)):
+        batches = drawn(source, seed=7, epoch=epoch, position=position)
+        assert torch.equal(torch.cat([batch[2] for batch in batches]), order(7, epoch, 4 * position, 10))
+        assert {(s, e) for batch in batches for s, e in zip(*(part.tolist() for part in batch[:2]), strict=True)} == {
+            (7, epoch)
+        }
+    assert (data.seed, data.epoch) == (-1, -1)  # nothing changed in the one that was given
+
+
+def test_two_epochs_at_once_do_not_meet() -> None:
+    source = source_of(Augmented(6), DataSettings(batch_size=3))
+    first, other = source.micro_batches(7, 1, 0), source.micro_batches(0, 0, 0)
+    found = [tuple(part[0].item() for part in next(side)[:2]) for side in (first, other, first, other)]
+    assert found == [(7, 1), (0, 0), (7, 1), (0, 0)]
+
+
+def test_an_epoch_of_another_length_is_refused() -> None:
+    class Growing(Augmented):
+        def for_epoch(self, seed: int, epoch: int) -> Augmented:
+            return Augmented(self.count + epoch, seed, epoch)
+
+    source = source_of(Growing(5), DataSettings(batch_size=5))
+    assert len(drawn(source, epoch=0)) == 1
+    with pytest.raises(DataError, match=r"Growing.for_epoch\(7, 2\) gave 7 rows, where the dataset has 5"):
+        drawn(source, epoch=2)
+
+
 # Iterables.
 
 

@@ -25,10 +25,8 @@ class Due:
             self._next = 1 if self._at_once and now == 0 else (now // self._every + 1) * self._every
 
     def __call__(self, clocks: Clocks) -> bool:
-        if self._next is None or clocks.most(self._clock) < self._next or self._every is None:
+        if self._next is None or self._every is None or not clocks.has_reached(self._clock, self._next):
             return False
         now: int = getattr(clocks.read(), self._clock)
-        if now < self._next:
-            return False
         self._next = (now // self._every + 1) * self._every
         return True

@@ -1,7 +1,6 @@
 """The run: window → step → report → loggers → evaluate → checkpoint → stop."""
 
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from torch import nn
 
 from trainer import modes, rng, summary
 from trainer.checkpoint.run_state import BEST, LAST, RunState
-from trainer.data.sources import Source, source_of
-from trainer.data.windows import Window, windows
+from trainer.data.sources import Source, TensorSource, source_of
+from trainer.data.windows import FullWindow, Window, windows
 from trainer.device import device_of, placed
 from trainer.due import Due
-from trainer.errors import ConfigError, DataError, DivergedError, TrainerError
+from trainer.errors import ConfigError, DataError, DivergedError, GradientError
 from trainer.evaluate import Evaluation, Metrics
 from trainer.gradient.parameters import named_modules
 from trainer.gradient.precision import width
@@ -106,9 +105,13 @@ class Trainer:
         self.state = RunState(model, self.step, self.settings, self.folder, self.config)
         self.go_on: str | None = None
         self.last_report: Report | None = None
+        counted = {"steps": self.settings.limits.steps, "rows": self.settings.limits.rows}
+        counted["epochs"] = self.settings.limits.epochs
+        self._counted_limits = [(clock, limit) for clock, limit in counted.items() if limit is not None]
         self._rewind = rng.Rewind()
         self._marked = -1
-        self._torn = False
+        self._looked_at: list[int] = []
+        self._is_full = False
         self._began = 0.0
 
     def fit(self, resume: str | Path = "never") -> Stop:
@@ -123,12 +126,10 @@ class Trainer:
         if limits.epochs is limits.steps is limits.rows is limits.time is None:
             raise ConfigError("no limit is set, so the run would never end: set limits.epochs, steps, rows or time.")
         resumed = self.state.resume(resume)
-        if self._torn and resumed is None:
-            raise TrainerError(
-                "the run was stopped while a step went into the parameters, which are between two steps now: go on "
-                "from a checkpoint (resume=), or make the model and the Trainer anew."
+        if self.step.is_torn:
+            raise GradientError(
+                "the last step was cut off while its parameters were being changed: go on from a checkpoint (resume=)."
             )
-        self._torn = False
         if self.settings.seed is not None and resumed is None and not self.step.clocks.windows:
             rng.seed_all(self.settings.seed)
         notes = self._set_train_mode()
@@ -139,8 +140,7 @@ class Trainer:
             self._loggers.start(start)
             reason = self._run()
         except BaseException as error:
-            self._torn = _inside_update(error)
-            keep = not (self._torn or self.step.is_open or isinstance(error, DivergedError))
+            keep = not (self.step.is_torn or isinstance(error, DivergedError))
             if keep and self._marked == self.step.clocks.windows:
                 self._rewind.back()  # the window was given up: what it drew is drawn again when the run goes on
             self._stop("stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"stopped by {error!r}", keep)
@@ -206,13 +206,23 @@ class Trainer:
         rewind.mark()
         self._marked = clocks.windows
         count = 0
-        for window in windows(self._micro_batches(), self.settings.gradient.accumulation_steps):
+        for window in windows(self._micro_batches(), self.settings.gradient.accumulation_steps, self._kind()):
             count += 1
             yield window
             rewind.mark()
             self._marked = clocks.windows
         if not count and not self.state.position:
             raise DataError("the data gave no micro-batch in a whole epoch: it is empty.")
+
+    def _kind(self) -> type[Window]:
+        """Full windows where all targets in memory count, looked at again only where somebody changed them."""
+        if not isinstance(self._source, TensorSource):
+            return Window
+        versions = [tensor._version for tensor in self._source.tensors]
+        if versions != self._looked_at:
+            self._looked_at = versions
+            self._is_full = self.step.weigher.leaves_nothing_out(self._source.tensors)
+        return FullWindow if self._is_full else Window
 
     def _micro_batches(self) -> Iterator[Any]:
         """The rest of this epoch. Data that draws its order from the generators draws it again as the epoch began."""
@@ -229,13 +239,10 @@ class Trainer:
 
     def _reached(self) -> str | None:
         """Which limit is reached, in words."""
-        clocks, limits = self.step.clocks, self.settings.limits
-        if limits.steps is not None and clocks.most("steps") >= limits.steps and clocks.read().steps >= limits.steps:
-            return f"{limits.steps} steps done"
-        if limits.rows is not None and clocks.most("rows") >= limits.rows and clocks.read().rows >= limits.rows:
-            return f"{limits.rows} rows done"
-        if limits.epochs is not None and clocks.epochs >= limits.epochs:
-            return f"{limits.epochs} epochs done"
+        limits = self.settings.limits
+        for clock, limit in self._counted_limits:
+            if self.step.clocks.has_reached(clock, limit):
+                return f"{limit} {clock} done"
         if limits.time is not None and time.monotonic() - self._began >= limits.time:
             return f"{limits.time:g} seconds are over"
         if limits.patience is not None and self.state.evaluations_without_best >= limits.patience:
@@ -332,9 +339,3 @@ class Trainer:
         for module in modules:
             module.train()
         return ["the model was wholly in eval mode: it was put in train mode."]
-
-
-def _inside_update(error: BaseException) -> bool:
-    """Whether it came while a step went into the parameters, which may hold half of it: such a state is not kept."""
-    updating = {Step._step.__code__, Step._step_if.__code__, Step._release.__code__}
-    return any(frame.f_code in updating for frame, _ in traceback.walk_tb(error.__traceback__))

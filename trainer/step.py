@@ -22,7 +22,7 @@ from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.explain import explain
-from trainer.gradient.objective import Objective, Weigher, check_differentiable, terms_of
+from trainer.gradient.objective import Objective, Weigher, not_differentiable, terms_of
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.parameters import Trained
 from trainer.gradient.precision import autocast, check_precision
@@ -113,11 +113,7 @@ class Step:
         """
         open_ = self._open
         if open_ is None:
-            self._check_whole()
-            open_ = self._open = OpenWindow(self.settings, self.weigher, self.ranks, window, self._expected)
-            self._buffers.keep()
-            self.parameters.refresh()
-            self._aside = zero(self.parameters.by_name.values(), self.settings.zero_grad)  # zero
+            open_ = self._begin(window)  # zero
         elif window is not open_.drawn:
             open_.join(window)
         open_.enter()
@@ -128,7 +124,8 @@ class Step:
             seed = open_.seed(term, micro_batch, alone=len(terms) == 1)  # scale
             if seed is None:
                 continue
-            check_differentiable(term, self.objective)
+            if not term.value.requires_grad:
+                raise not_differentiable(term, self.objective)
             apart = open_.terms[term.name].apart
             if apart is None:
                 roots.append(term.value)
@@ -162,6 +159,14 @@ class Step:
         return report
 
     # The stages, in the order above.
+
+    def _begin(self, window: Sequence[Any] | None) -> OpenWindow:
+        self._check_whole()
+        self._open = OpenWindow(self.settings, self.weigher, self.ranks, window, self._expected)
+        self._buffers.keep()
+        self.parameters.refresh()
+        self._aside = zero(self.parameters.by_name.values(), self.settings.zero_grad)
+        return self._open
 
     def _finish(self, open_: OpenWindow, norm_wanted: bool) -> Report:
         gradients = self.parameters.gradients()
@@ -263,7 +268,8 @@ class Step:
         self.skips_in_a_row = self.skips_in_a_row + 1
 
     def _release(self, open_: OpenWindow, report: Report) -> None:
-        self._expected = open_.denominators()
+        if open_.drawn is None:
+            self._expected = open_.denominators()
         report._clocks = self.clocks.snapshot()
         self._buffers.release()
         open_.close()

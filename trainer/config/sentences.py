@@ -33,7 +33,8 @@ def explain(error: BaseException, overrides: Sequence[str], known: Callable[[], 
     if missing:
         return f"there is no config '{missing}': look at the name, and at --config-dir."
     if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]} has no value yet (???): write {match[1]}=VALUE."
+        key = getattr(error, "full_key", None) or match[1]
+        return f"{key} has no value yet (???): write {key}=VALUE."
     if match := re.search(r"Could not (?:override|delete|delete from config\.) '([^']+)'", text):
         return _no_key(match[1].partition("@")[0].partition("=")[0] or match[1], text, known())
     if match := re.search(r"config group '([^']+)' does not exist", text):

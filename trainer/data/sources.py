@@ -83,12 +83,12 @@ class TensorSource:
         if self._rows != self.rows:
             rows = rows[: self._rows - start]
         if len(rows) <= self._piece:
-            return self._split(tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors)
+            return self._split(_rows_of(tensor, rows) for tensor in self.tensors)
         return self._piecewise(rows)
 
     def _piecewise(self, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         for piece in rows.split(self._piece):
-            yield from self._split(tensor.index_select(0, piece.to(tensor.device)) for tensor in self.tensors)
+            yield from self._split(_rows_of(tensor, piece) for tensor in self.tensors)
 
     def _split(self, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         if self._rows <= self._batch_size:
@@ -101,6 +101,10 @@ class TensorSource:
         placed.__dict__.update(self.__dict__)
         placed.tensors = tuple(place(tensor, device, dtype) for tensor in self.tensors)
         return placed
+
+
+def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor.index_select(0, rows if tensor.device.type == "cpu" else rows.to(tensor.device))
 
 
 def of_epoch(dataset: Any, seed: int, epoch: int) -> Any:
@@ -157,8 +161,8 @@ class DatasetSource:
         dataset = of_epoch(self._dataset, seed, epoch)
         if len(dataset) != self._total:
             raise DataError(
-                f"{type(self._dataset).__name__}.for_epoch({seed}, {epoch}) gave {len(dataset)} rows, where the dataset "
-                f"has {self._total}: every epoch has the same rows."
+                f"{type(self._dataset).__name__}.for_epoch({seed}, {epoch}) gave {len(dataset)} rows, where the "
+                f"dataset has {self._total}: every epoch has the same rows."
             )
         dataset = _Seeded(dataset, mixed(seed, epoch, 2)) if workers else dataset
         return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=generator))

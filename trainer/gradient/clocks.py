@@ -58,6 +58,14 @@ class Clocks:
         count: int = getattr(self, clock)
         return count + (self._at_most[TAKEN.index(clock)] if clock in TAKEN else 0)
 
+    def has_reached(self, clock: str, count: int) -> bool:
+        """Whether a clock stands at `count` or beyond. Reads the device only where it could."""
+        now: int = getattr(self, clock)
+        if self._on_device is None or now >= count or self.most(clock) < count:
+            return now >= count
+        reached: bool = getattr(self.read(), clock) >= count
+        return reached
+
     def read(self) -> "Clocks":
         """Bring what is on the device to the host; the one place that waits for it."""
         if self._on_device is not None:

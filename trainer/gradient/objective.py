@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainer import kernels
 from trainer.errors import ConfigError, ObjectiveError, did_you_mean
 from trainer.gradient.report import FREE_READS, Number
 from trainer.gradient.weights import Counter, counter_of, first_tensor, host_number
@@ -83,6 +84,8 @@ class Term:
 
 def terms_of(outcome: Any, objective: Any) -> list[Term]:
     """The terms of an objective's answer. Raises ObjectiveError where it is none of the four forms."""
+    if type(outcome) is Tensor and not outcome.dim() and not outcome.is_complex():
+        return [Term(MEAN, outcome)]  # nearly every answer
     if isinstance(outcome, _ANSWERS):
         return [_term(MEAN, outcome, objective)]
     if isinstance(outcome, Mapping):
@@ -161,7 +164,9 @@ class Supervised:
     def __init__(self, loss: Callable[..., Tensor], counter: Counter) -> None:
         self.loss = loss
         self.counter = counter
+        self._loss = kernels.without_python(loss)
         self.weight = self._weight
+        self.tokens = self._tokens if counter.counts_targets else None
         # Where every target of a micro-batch may be ignored, the loss's own mean is 0 / 0. On the CPU the weight
         # is read before and such a micro-batch is left out; elsewhere the total is taken instead of the mean.
         self._total = counter.total_of(loss)
@@ -172,13 +177,18 @@ class Supervised:
         if self._total is not None and (not self.counter.is_mean or outputs.device.type not in FREE_READS):
             total = self._total(outputs, targets)
             return Sum(total if total.dim() == 0 else total.sum(), host_number(self.counter.count(targets, outputs)))
-        return self.loss(outputs, targets)
+        return self._loss(outputs, targets)
+
+    def full_weight(self, micro_batch: Any) -> Number:
+        """Its weight if no target in it is left out, told without a look at the targets."""
+        targets = self._pair(micro_batch)[1]
+        return self._weight(micro_batch) if self.counter.full is None else self.counter.full(targets)
 
     def _weight(self, micro_batch: Any) -> Number:
         """What the loss of this micro-batch divides by."""
         return host_number(self.counter.count(self._pair(micro_batch)[1], None))
 
-    def tokens(self, micro_batch: Any) -> int:
+    def _tokens(self, micro_batch: Any) -> int:
         """Targets, for index targets with more than one to a row; 0 elsewhere."""
         targets = self._pair(micro_batch)[1]
         return targets.numel() if targets.dim() > 1 and not targets.is_floating_point() else 0
@@ -227,7 +237,9 @@ class Weigher:
         self._declared: Callable[[Any], Any] | None = getattr(objective, "weight", None)
         if self._declared is not None and not callable(self._declared):
             raise ConfigError(f"{_who(objective)} has a 'weight' that cannot be called with a micro-batch.")
+        self._full: Callable[[Any], Number] | None = getattr(objective, "full_weight", None)
         self._tokens: Callable[[Any], int] | None = getattr(objective, "tokens", None)
+        self.counts_tokens = self._tokens is not None
         self._count_rows = count_rows
         self.declares = self._declared is not None
         self.names_weights = False
@@ -237,15 +249,24 @@ class Weigher:
         if self._count_rows is not None:
             return int(self._count_rows(micro_batch))
         tensor = micro_batch[0] if type(micro_batch) is tuple else None
-        if not isinstance(tensor, Tensor):
+        if type(tensor) is not Tensor:
             tensor = first_tensor(micro_batch)
-        return tensor.shape[0] if tensor.dim() else 1
+        shape = tensor.shape
+        return shape[0] if shape else 1
+
+    def leaves_nothing_out(self, data: tuple[Tensor, ...]) -> bool:
+        """Whether every target of the data counts, so that its micro-batches need not be looked at one by one."""
+        if self._full is None or self._declared is None or len(data) != 2:
+            return False
+        return bool(self._declared(data) == self._full(data))
 
     def tokens(self, micro_batch: Any) -> int:
         return 0 if self._tokens is None else int(self._tokens(micro_batch))
 
-    def mean_weight(self, name: str, micro_batch: Any) -> Number:
-        """What a mean named so counts in this micro-batch."""
+    def mean_weight(self, name: str, micro_batch: Any, full: bool = False) -> Number:
+        """What a mean named so counts in this micro-batch; `full` says that nothing in it is left out."""
+        if full and self._full is not None:
+            return self._full(micro_batch)
         if self._declared is None:
             return float(self.rows(micro_batch))
         return self._named(name, self._declared(micro_batch))
@@ -261,11 +282,10 @@ class Weigher:
         return _weight(name, weight, self._objective)
 
 
-def check_differentiable(term: Term, objective: Any) -> None:
-    """Raises ObjectiveError for a value that no parameter can get a gradient from."""
-    if not term.value.requires_grad:
-        hint = " (gradients are switched off here)" if not torch.is_grad_enabled() else ""
-        raise ObjectiveError(
-            f"{_who(objective)} returned a value for '{term.name}' without a graph{hint}: no parameter that requires "
-            "a gradient took part, or it was cut by detach(), item(), argmax() or no_grad()."
-        )
+def not_differentiable(term: Term, objective: Any) -> ObjectiveError:
+    """The error for a value that no parameter can get a gradient from."""
+    hint = " (gradients are switched off here)" if not torch.is_grad_enabled() else ""
+    return ObjectiveError(
+        f"{_who(objective)} returned a value for '{term.name}' without a graph{hint}: no parameter that requires "
+        "a gradient took part, or it was cut by detach(), item(), argmax() or no_grad()."
+    )

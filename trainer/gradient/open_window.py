@@ -70,6 +70,7 @@ class OpenWindow:
         """Whether every value so far is finite, as far as the host knows."""
         self._settings = settings
         self._any_apart = False
+        self._weighs_nothing = True
         self._weigher = weigher
         self._ranks = ranks
         self._expected = expected
@@ -88,7 +89,8 @@ class OpenWindow:
 
     def enter(self) -> None:
         """A micro-batch begins; `count` ends it."""
-        self.check_whole()
+        if self.entered != self.micro_batches:
+            self.check_whole()
         self.entered += 1
 
     def check_whole(self) -> None:
@@ -102,41 +104,49 @@ class OpenWindow:
     def close(self) -> None:
         """A report that is kept must keep no data and no gradients alive."""
         self.drawn = None
-        for sums in self.terms.values():
-            sums.apart = None
+        if self._any_apart:
+            for sums in self.terms.values():
+                sums.apart = None
 
     def count(self, micro_batch: Any) -> None:
         """One more micro-batch went through forward and backward."""
         self.micro_batches += 1
         self.rows += self._weigher.rows(micro_batch)
-        self.tokens += self._weigher.tokens(micro_batch)
+        if self._weigher.counts_tokens:
+            self.tokens += self._weigher.tokens(micro_batch)
 
     def seed(self, term: Term, micro_batch: Any, alone: bool) -> Tensor | None:
         """What backward starts from at this term, of the shape of its value; None where it counts nothing.
 
         `alone` says that the objective has answered with this one term.
         """
-        weight = term.weight if term.weight is not None else self._mean_weight(term.name, micro_batch)
+        is_mean = term.weight is None
+        weight = self._mean_weight(term.name, micro_batch) if term.weight is None else term.weight
         sums = self.terms.get(term.name)
         if sums is None:
             sums = self.terms[term.name] = self._start(term, weight, alone)
         sums.weight = sums.weight + weight
-        if isinstance(weight, float) and weight == 0.0:
+        if type(weight) is float and weight == 0.0:
             return None  # a mean over nothing is 0 / 0 and must not reach a parameter
+        self._weighs_nothing = False
         if self._settings.reduction == "micro_batches":
-            factor: Number = 1.0 if term.weight is None else 1.0 / _not_zero(weight)
+            factor: Number = 1.0 if is_mean else 1.0 / _not_zero(weight)
         else:
-            factor = weight if term.weight is None else 1.0
+            factor = weight if is_mean else 1.0
         value = term.number()
         if type(value) is float and not math.isfinite(value):
             self.losses_are_finite = False
         sums.values.append((self.micro_batches, value, factor))
-        number = self._settings.coefficients.get(term.name, 1.0) * self._ranks.world_size * factor / sums.divisor
+        number = factor * self._ranks.world_size / sums.divisor
+        if self._settings.coefficients:
+            number = number * self._settings.coefficients.get(term.name, 1.0)
         seed = _seed(number, term.value)
         return seed if term.vector is None else term.vector.to(term.value) * seed
 
     def leftover(self) -> Number:
         """What the accumulated gradient must still be divided by, leaving out the terms that were held apart."""
+        if len(self.terms) == 1 and not self._any_apart:
+            return self._leftover(next(iter(self.terms.values())))
         together = [name for name, sums in self.terms.items() if sums.apart is None]
         if not together:
             return 1.0
@@ -159,11 +169,13 @@ class OpenWindow:
 
     def held_apart(self) -> list[Tensor]:
         """The gradients of those terms as they lie there."""
+        if not self._any_apart:
+            return []
         return [gradient for sums in self.terms.values() for gradient in (sums.apart or {}).values()]
 
     def weighs_nothing(self) -> bool:
         """Whether every weight is zero, as far as the host knows."""
-        return all(isinstance(sums.weight, float) and sums.weight == 0.0 for sums in self.terms.values())
+        return self._weighs_nothing
 
     def weighs_nothing_on(self, device: torch.device) -> Tensor | None:
         """The same as a flag (float32, 0 or 1) where the weights lie on a device; None where the host knows better."""
@@ -209,7 +221,8 @@ class OpenWindow:
             return self._weigher.mean_weight(name, micro_batch)
         known = self._weights.get(name)
         if known is None:
-            known = self._weights[name] = [self._weigher.mean_weight(name, drawn) for drawn in self.drawn]
+            full = getattr(self.drawn, "is_full", False)
+            known = self._weights[name] = [self._weigher.mean_weight(name, drawn, full) for drawn in self.drawn]
         if self.micro_batches < len(known) and self.drawn[self.micro_batches] is micro_batch:
             return known[self.micro_batches]
         return self._weigher.mean_weight(name, micro_batch)
@@ -219,7 +232,7 @@ class OpenWindow:
         # What an objective's one `weight` counts, or the rows, is the same for all its means; so is a window's length.
         means = term.weight is None and not self._weigher.names_weights
         kind = "shared" if means or self._settings.reduction == "micro_batches" else term.name
-        base = next((other for other in self.terms.values() if other.apart is None), None)
+        base = next((other for other in self.terms.values() if other.apart is None), None) if self.terms else None
         if base is None:
             together = exact or alone or kind == "shared"
         else:
@@ -291,6 +304,7 @@ class OpenWindow:
             for name, sums in state["terms"].items()
         }
         self._any_apart = any(sums.apart is not None for sums in self.terms.values())
+        self._weighs_nothing = all(sums.weight == 0.0 for sums in self.terms.values())
         self.losses_are_finite = all(math.isfinite(value) for _, _, value in self.losses())
 
 

@@ -65,6 +65,8 @@ class Counter:
     - `what`: in words.
     - `count(targets, outputs)`: the divisor; `outputs` is None where only the data is known.
     - `is_mean`: whether the loss divides by it itself.
+    - `full(targets)`: the divisor if no target is ignored, where that is cheaper to tell.
+    - `counts_targets`: whether it counts index targets, of which a row can have many.
     - `total`: the loss's reduction="sum" twin, where a mean of nothing (0 / 0) is possible or the loss is no mean.
     """
 
@@ -72,6 +74,8 @@ class Counter:
     count: Callable[[Tensor, Tensor | None], Number]
     is_mean: bool = True
     total: Callable[..., Tensor] | None = None
+    counts_targets: bool = False
+    full: Callable[[Tensor], float] | None = None
 
     def total_of(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
         return self.total if self.is_mean else loss
@@ -86,10 +90,16 @@ def _elements(targets: Tensor, outputs: Tensor | None) -> Number:
     return float(max(targets.numel(), 0 if outputs is None else outputs.numel()))
 
 
-def _classes(targets: Tensor, ignore_index: int, class_weights: Tensor | None) -> Number:
+def _all_classes(targets: Tensor) -> float:
     if targets.is_floating_point():
         # Class probabilities of shape (rows, classes, ...): divided by rows × what follows the classes.
         return float(targets.numel() // targets.shape[1]) if targets.dim() > 1 else 1.0
+    return float(targets.numel())
+
+
+def _classes(targets: Tensor, ignore_index: int, class_weights: Tensor | None) -> Number:
+    if targets.is_floating_point():
+        return _all_classes(targets)
     if class_weights is None:
         # One pass instead of two where nothing is ignored, which is the rule.
         free = targets.device.type in FREE_READS and ignore_index < 0 and targets.numel() > 0
@@ -135,7 +145,8 @@ def counter_of(loss: Callable[..., Any]) -> Counter:
             del outputs
             return _classes(targets, ignore_index, class_weights)
 
-        return Counter(what, count, is_mean, _summed(function, options))
+        full = None if class_weights is not None else _all_classes
+        return Counter(what, count, is_mean, _summed(function, options), counts_targets=True, full=full)
     if reduction == "batchmean" or _is(function, _ROW_LOSSES, _ROW_FUNCTIONS):
         return Counter("rows", _rows, is_mean)
     if _is(function, (*_ELEMENT_LOSSES, nn.KLDivLoss), (*_ELEMENT_FUNCTIONS, functional.kl_div)):
