@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from trainer.recipes import digits
 
 from trainer import Trainer, supervised
 from trainer.optim import adamw, parameter_groups
-from trainer.recipes import digits
 
 CUT = {"batch_size": 16, "accumulation_steps": 4, "activation_checkpointing": "segments"}
 WHOLE = {"batch_size": 64}

@@ -1,12 +1,15 @@
 """Each private call of trainer/kernels.py against its public twin, bit for bit, and each guard of the direct update."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -486,3 +489,48 @@ def test_a_copied_and_a_pickled_optimizer_are_updated_directly() -> None:
     assert direct_or_step(copied)
     optimizer.step()
     assert same(numbers(copied), numbers(optimizer))
+
+
+def test_making_saving_and_loading_an_optimizer_imports_no_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from trainer import kernels\n"
+        "from trainer.optim import Manual, adamw, sgd\n"
+        "for build in (adamw, sgd, Manual):\n"
+        "    made = build([torch.zeros(2, requires_grad=True)])\n"
+        "with kernels.without_compiler():\n"
+        "    made.load_state_dict(made.state_dict())\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "made.add_param_group({'params': [torch.zeros(2, requires_grad=True)]})\n"
+        "assert 'torch._dynamo' in sys.modules, 'outside of it torch does as ever'\n"
+        "made.zero_grad()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_mean_squared_error_is_torchs_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(5, 3, generator=generator, requires_grad=True)
+    targets = torch.randn(5, 3, generator=generator)
+    for loss in (functional.mse_loss, torch.nn.MSELoss()):
+        direct, public = kernels.without_python(loss)(outputs, targets), loss(outputs, targets)
+        assert torch.equal(direct, public)
+        ours, theirs = (torch.autograd.grad(value, outputs)[0] for value in (direct, public))
+        assert torch.equal(ours, theirs)
+
+
+def test_a_loss_that_does_more_is_called_itself() -> None:
+    class Own(torch.nn.MSELoss):
+        pass
+
+    for loss in (Own(), torch.nn.MSELoss(reduction="sum"), functional.l1_loss):
+        assert kernels.without_python(loss) is loss
+    watched = torch.nn.MSELoss()
+    direct = kernels.without_python(watched)
+    seen = []
+    watched.register_forward_hook(lambda *arguments: seen.append(arguments))
+    direct(torch.ones(2), torch.zeros(2))
+    assert len(seen) == 1
+    with pytest.warns(UserWarning, match="different to the input size"):
+        kernels.without_python(functional.mse_loss)(torch.ones(2, 1), torch.zeros(2))

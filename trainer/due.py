@@ -27,6 +27,6 @@ class Due:
     def __call__(self, clocks: Clocks) -> bool:
         if self._next is None or self._every is None or not clocks.has_reached(self._clock, self._next):
             return False
-        now: int = getattr(clocks.read(), self._clock)
+        now: int = getattr(clocks, self._clock)
         self._next = (now // self._every + 1) * self._every
         return True

@@ -1,4 +1,4 @@
-"""The family of errors. Each says what is wrong, where, and what to do, and carries the exit code of the command line."""
+"""The family of errors. Each says what is wrong, where and what to do, and carries its exit code."""
 
 import difflib
 from collections.abc import Iterable

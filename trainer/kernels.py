@@ -4,7 +4,9 @@ What they save is measured by scripts/bench. Checked with torch 2.13; tests/test
 public twin bit for bit, so that a torch that changes one of them turns a test red and not a run.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ def without_python(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def mse_loss(outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.shape != targets.shape or (isinstance(loss, nn.Module) and _is_watched(loss)):
             return loss(outputs, targets)
-        mean: Tensor = torch._C._nn.mse_loss(outputs, targets, 1)
+        mean: Tensor = torch._C._nn.mse_loss(outputs, targets, 1)  # type: ignore[arg-type]  # 1 stands for mean
         return mean
 
     return mse_loss
@@ -204,3 +206,28 @@ def _adam(group: dict[str, Any], lists: tuple[list[Tensor], ...], scale: Tensor 
         grad_scale=scale,
         found_inf=None,
     )
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Inside it, torch's optimizers do not import the compiler: two seconds, for a mark that only matters to it.
+
+    Torch wraps four methods of Optimizer so that compiled code leaves them out, and imports its compiler when one of
+    them is first called. They are called bare here, and wrapped again afterwards, unless the compiler is there already.
+    """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    bare = [getattr(getattr(Optimizer, name), "__wrapped__", None) for name in _NOT_COMPILED]
+    marked = [method for method in bare if method is not None and not hasattr(method, _MARK)]
+    for method in marked:
+        setattr(method, _MARK, method)
+    try:
+        yield
+    finally:
+        for method in marked:
+            delattr(method, _MARK)
+
+
+_NOT_COMPILED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+_MARK = "__dynamo_disable"

@@ -105,9 +105,7 @@ class Trainer:
         self.state = RunState(model, self.step, self.settings, self.folder, self.config)
         self.go_on: str | None = None
         self.last_report: Report | None = None
-        counted = {"steps": self.settings.limits.steps, "rows": self.settings.limits.rows}
-        counted["epochs"] = self.settings.limits.epochs
-        self._counted_limits = [(clock, limit) for clock, limit in counted.items() if limit is not None]
+        self._counted_limits: list[tuple[str, int]] = []
         self._rewind = rng.Rewind()
         self._marked = -1
         self._looked_at: list[int] = []
@@ -125,6 +123,8 @@ class Trainer:
         limits = self.settings.limits
         if limits.epochs is limits.steps is limits.rows is limits.time is None:
             raise ConfigError("no limit is set, so the run would never end: set limits.epochs, steps, rows or time.")
+        counted = {"steps": limits.steps, "rows": limits.rows, "epochs": limits.epochs}
+        self._counted_limits = [(clock, limit) for clock, limit in counted.items() if limit is not None]
         resumed = self.state.resume(resume)
         if self.step.is_torn:
             raise GradientError(

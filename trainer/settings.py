@@ -58,7 +58,9 @@ class ActivationCheckpointingSettings:
         "none", "none, or segments: keep only what enters each segment", flat="activation_checkpointing"
     )
     segments: int | None = setting(None, "cut a Sequential into this many segments of consecutive modules", ge=1)
-    modules: list[str] = setting([], "patterns of module names, each matching module a segment (blocks.*)", flat="segment_modules")
+    modules: list[str] = setting(
+        [], "patterns of module names, each matching module a segment (blocks.*)", flat="segment_modules"
+    )
 
     def __post_init__(self) -> None:
         if self.mode == "segments" and self.segments is not None and self.modules:
@@ -83,7 +85,9 @@ class EvaluationSettings:
     """When and how the model is evaluated on held-out data."""
 
     grad_mode: Literal["no_grad", "inference_mode", "enabled"] = setting("no_grad", "gradient mode during evaluation")
-    every: int | None = setting(1, "evaluate every so many ticks of the clock (null: only at the end)", flat="evaluate_every", ge=1)
+    every: int | None = setting(
+        1, "evaluate every so many ticks of the clock (null: only at the end)", flat="evaluate_every", ge=1
+    )
     clock: Clock = setting("epochs", "the clock that evaluation follows", flat="evaluate_clock")
 
 
@@ -96,7 +100,9 @@ class LimitSettings:
     rows: int | None = setting(None, "rows that went into steps", ge=0)
     time: float | None = setting(None, "seconds of training in this process", gt=0)
     patience: int | None = setting(None, "evaluations without a new best", ge=1)
-    skips_in_a_row: int | None = setting(100, "skipped steps in a row after which the run has diverged (exit code 4)", ge=1)
+    skips_in_a_row: int | None = setting(
+        100, "skipped steps in a row after which the run has diverged (exit code 4)", ge=1
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -122,7 +128,9 @@ class LoggerSettings:
 class CheckpointSettings:
     """When the state of the run is saved."""
 
-    every: int | None = setting(None, "save every so many ticks of the clock (null: only at the end)", flat="checkpoint_every", ge=1)
+    every: int | None = setting(
+        None, "save every so many ticks of the clock (null: only at the end)", flat="checkpoint_every", ge=1
+    )
     clock: Clock = setting("epochs", "the clock that saving follows", flat="checkpoint_clock")
     last: bool = setting(True, "save when the run ends", flat="checkpoint_last")
     best: bool = setting(True, "save when evaluation finds a new best", flat="checkpoint_best")
@@ -132,7 +140,9 @@ class CheckpointSettings:
 class Settings:
     """All toggles of a run, by the sections that the config shows."""
 
-    seed: int | None = setting(None, "seed of the order and of all that is drawn (null: the global RNG is left alone)", ge=0)
+    seed: int | None = setting(
+        None, "seed of the order and of all that is drawn (null: the global RNG is left alone)", ge=0
+    )
     device: str = setting("auto", "auto (cuda, mps, cpu: the first that is there) or a torch device")
     precision: Precision = setting("fp32", "fp32, bf16 (autocast, parameters stay float32) or fp64")
     tf32: bool = setting(False, "let CUDA multiply float32 matrices in TF32")
@@ -204,7 +214,9 @@ def from_flat(keywords: Mapping[str, Any]) -> Settings:
 def step_settings(gradient: GradientSettings | None, toggles: Mapping[str, Any]) -> GradientSettings:
     """The toggles of a `Step`: as settings, or by keyword, or the defaults; not both."""
     if gradient is not None and toggles:
-        raise ConfigError(f"Step got gradient= and also {', '.join(toggles)}: give the settings or the toggles, not both.")
+        raise ConfigError(
+            f"Step got gradient= and also {', '.join(toggles)}: give the settings or the toggles, not both."
+        )
     for name in toggles:
         if name not in fields_of(GradientSettings):
             raise ConfigError(f"Step has no setting '{name}': {did_you_mean(name, fields_of(GradientSettings))}")

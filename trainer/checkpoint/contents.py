@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer import modes
+from trainer import kernels, modes
 from trainer.checkpoint import store
 from trainer.errors import CheckpointError, did_you_mean
 from trainer.gradient.parameters import named_modules, named_parameters
@@ -99,8 +99,9 @@ def check_optimizers(optimizers: list[Any], states: list[Any], where: Path | str
 def load_optimizers(optimizers: list[Any], states: list[Any], where: Path | str) -> None:
     """Each optimizer's state. Raises CheckpointError, having changed none, where one does not fit."""
     check_optimizers(optimizers, states, where)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
+    with kernels.without_compiler():
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 def _check_shapes(optimizer: Any, state: Mapping[str, Any], index: int, where: Path | str) -> None:
@@ -126,7 +127,8 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
     """An optimizer's state_dict, plain enough for a file."""
     if not callable(getattr(optimizer, "state_dict", None)):
         raise CheckpointError(f"{type(optimizer).__name__} has no state_dict(): its state cannot be saved.")
-    state = optimizer.state_dict()
+    with kernels.without_compiler():
+        state = optimizer.state_dict()
     return {"state": state["state"], "param_groups": state["param_groups"]}
 
 

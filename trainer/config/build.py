@@ -47,7 +47,7 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
     """
     import torch
 
-    from trainer import rng
+    from trainer import kernels, rng
     from trainer.gradient.objective import supervised
     from trainer.loop import Trainer
     from trainer.optim.groups import parameter_groups
@@ -70,7 +70,8 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
         objective = supervised(objective)
     train, evaluation = split(make("data.source"))
     groups = parameter_groups(model, config.groups)
-    optimizer = make("optimizer", groups if config.groups else groups[0]["params"])
+    with kernels.without_compiler():
+        optimizer = make("optimizer", groups if config.groups else groups[0]["params"])
     schedule = _schedule(config, door, optimizer, train)
     return Trainer(
         model,

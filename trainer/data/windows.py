@@ -22,9 +22,7 @@ class FullWindow(Window):
     is_full = True
 
 
-def windows(
-    micro_batches: Iterable[Any], accumulation_steps: int = 1, kind: type[Window] = Window
-) -> Iterator[Window]:
+def windows(micro_batches: Iterable[Any], accumulation_steps: int = 1, kind: type[Window] = Window) -> Iterator[Window]:
     """Cut micro-batches into windows of `accumulation_steps`; an epoch's last window may be shorter.
 
     When the data ends with an error inside a window, no part of that window is handed out.

@@ -61,10 +61,9 @@ class Clocks:
     def has_reached(self, clock: str, count: int) -> bool:
         """Whether a clock stands at `count` or beyond. Reads the device only where it could."""
         now: int = getattr(self, clock)
-        if self._on_device is None or now >= count or self.most(clock) < count:
-            return now >= count
-        reached: bool = getattr(self.read(), clock) >= count
-        return reached
+        if self._on_device is not None and self.most(clock) >= count:
+            now = getattr(self.read(), clock)
+        return now >= count
 
     def read(self) -> "Clocks":
         """Bring what is on the device to the host; the one place that waits for it."""

@@ -44,10 +44,7 @@ def _are_alike(tensors: Sequence[Tensor]) -> bool:
     if not tensors:
         return False
     device, dtype = tensors[0].device, tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype is not dtype or tensor.device != device:
-            return False
-    return True
+    return all(tensor.dtype is dtype and tensor.device == device for tensor in tensors)
 
 
 def norm(gradients: Sequence[Tensor]) -> Number:

@@ -8,7 +8,6 @@ the gradient must still be divided by.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,30 +17,10 @@ from trainer.distributed.ranks import Ranks
 from trainer.errors import ConfigError, ObjectiveError
 from trainer.gradient.objective import Term, Weigher
 from trainer.gradient.report import Number
+from trainer.gradient.seeds import seed_of
+from trainer.gradient.term_sum import TermSum
 from trainer.gradient.weights import host_number, power_of_two
 from trainer.settings import GradientSettings
-
-# Seeds by (value, dtype, device): a window's seeds repeat from window to window.
-_SEEDS: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
-_MOST_SEEDS = 256
-
-
-@dataclass(slots=True)
-class TermSum:
-    """One term's sums over the window.
-
-    - `divisor`: what its seeds were divided by; `exact` where that is the whole window's denominator.
-    - `kind`: terms of one kind have equal weights in every micro-batch, so one leftover serves them all.
-    - `values`: (micro-batch, value, what the value counts) of each micro-batch that weighs something.
-    - `apart`: gradients by parameter name, where this term's leftover differs from that of the others.
-    """
-
-    divisor: Number
-    exact: bool
-    kind: str
-    weight: Number = 0.0
-    values: list[tuple[int, Number, Number]] = field(default_factory=list)
-    apart: dict[str, Tensor] | None = None
 
 
 class OpenWindow:
@@ -140,7 +119,7 @@ class OpenWindow:
         number = factor * self._ranks.world_size / sums.divisor
         if self._settings.coefficients:
             number = number * self._settings.coefficients.get(term.name, 1.0)
-        seed = _seed(number, term.value)
+        seed = seed_of(number, term.value)
         return seed if term.vector is None else term.vector.to(term.value) * seed
 
     def leftover(self) -> Number:
@@ -275,34 +254,14 @@ class OpenWindow:
             "micro_batches": self.micro_batches,
             "rows": self.rows,
             "tokens": self.tokens,
-            "terms": {
-                name: {
-                    "divisor": float(sums.divisor),
-                    "exact": sums.exact,
-                    "kind": sums.kind,
-                    "weight": float(sums.weight),
-                    "values": [[index, float(value), float(factor)] for index, value, factor in sums.values],
-                    "apart": None if sums.apart is None else {n: t.clone() for n, t in sums.apart.items()},
-                }
-                for name, sums in self.terms.items()
-            },
+            "terms": {name: sums.state_dict() for name, sums in self.terms.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.entered = self.micro_batches = state["micro_batches"]
         self.rows = state["rows"]
         self.tokens = state["tokens"]
-        self.terms = {
-            name: TermSum(
-                sums["divisor"],
-                sums["exact"],
-                sums["kind"],
-                sums["weight"],
-                [(index, value, factor) for index, value, factor in sums["values"]],
-                None if sums["apart"] is None else {n: t.clone() for n, t in sums["apart"].items()},
-            )
-            for name, sums in state["terms"].items()
-        }
+        self.terms = {name: TermSum.from_state(sums) for name, sums in state["terms"].items()}
         self._any_apart = any(sums.apart is not None for sums in self.terms.values())
         self._weighs_nothing = all(sums.weight == 0.0 for sums in self.terms.values())
         self.losses_are_finite = all(math.isfinite(value) for _, _, value in self.losses())
@@ -312,19 +271,6 @@ def _not_zero(divisor: Number) -> Number:
     if isinstance(divisor, Tensor):
         return torch.where(divisor == 0, 1.0, divisor)
     return divisor or 1.0
-
-
-def _seed(number: Number, value: Tensor) -> Tensor:
-    """A tensor of value's dtype and device and, for a scalar, its shape."""
-    if isinstance(number, Tensor):
-        return number.to(value.device, value.dtype).reshape(value.shape if value.numel() == 1 else ())
-    key = (number, value.dtype, value.device)
-    seed = _SEEDS.get(key)
-    if seed is None or seed._version:  # a backward that changes what it is given in place must not change the next one
-        if len(_SEEDS) >= _MOST_SEEDS:
-            _SEEDS.clear()
-        seed = _SEEDS[key] = torch.full((), number, dtype=value.dtype, device=value.device)
-    return seed.reshape(value.shape) if value.dim() and value.numel() == 1 else seed
 
 
 def _as_floats(numbers: list[Number]) -> list[float]:

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
+from trainer import kernels
 from trainer.errors import ConfigError
 from trainer.optim.groups import check_options
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
+@kernels.without_compiler()
 def adamw(
     parameters: Iterable[Any],
     lr: float = 1e-3,
@@ -34,6 +36,7 @@ def adamw(
     return made
 
 
+@kernels.without_compiler()
 def sgd(
     parameters: Iterable[Any],
     lr: float = 1e-2,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainer import kernels
 from trainer.errors import ConfigError
 from trainer.optim.groups import check_options
 
@@ -20,7 +21,8 @@ class Manual(Optimizer):
     def __init__(self, params: Iterable[Any], lr: float = 0.01) -> None:
         if not lr >= 0:
             raise ConfigError(f"Manual: lr={lr} is not possible: it must be zero or more.")
-        super().__init__(params, {"lr": float(lr)})
+        with kernels.without_compiler():
+            super().__init__(params, {"lr": float(lr)})
         check_options(self)
 
     @torch.no_grad()
