@@ -80,7 +80,3 @@ class Compare:
         if self.model is not None:
             for name, true in self.truth.items():
                 sys.stdout.write(f"  {name} = {getattr(self.model, name).item():.3f}, in truth {true:g}\n")
-
-    def step(self, report: Any, seconds: float) -> None: ...
-
-    def skip(self, report: Any) -> None: ...

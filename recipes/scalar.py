@@ -46,9 +46,3 @@ class Derivatives:
             leaf = getattr(self.model, name, None)
             if leaf is not None and leaf.grad is not None:
                 sys.stdout.write(f"  dz/d{name} = {leaf.grad.item():g}\n")
-
-    def start(self, event: Any) -> None: ...
-
-    def step(self, report: Any, seconds: float) -> None: ...
-
-    def skip(self, report: Any) -> None: ...

@@ -59,9 +59,3 @@ class Product:
             f"  at x = [{x0:g}, {x1:g}] the Jacobian of y = [x0², x1³] is [[{2 * x0:g}, 0], [0, {3 * x1 * x1:g}]]\n"
             f"  x.grad = vᵀJ = [{left:g}, {right:g}] for v = [{self.v[0]:g}, {self.v[1]:g}]\n"
         )
-
-    def start(self, event: Any) -> None: ...
-
-    def step(self, report: Any, seconds: float) -> None: ...
-
-    def skip(self, report: Any) -> None: ...

@@ -50,9 +50,3 @@ class Explain:
             "No straight line parts XOR's ones from its zeros. The best that one can do is to say 0.5 everywhere,\n"
             "with a loss of 0.25. One hidden layer is enough: trainer train recipe=xor_mlp\n"
         )
-
-    def start(self, event: Any) -> None: ...
-
-    def step(self, report: Any, seconds: float) -> None: ...
-
-    def skip(self, report: Any) -> None: ...

@@ -11,7 +11,8 @@ from reference import cut, descend, differing, farthest, mlp, row_gradients, row
 from torch import Tensor, nn
 
 from trainer import ConfigError, Cotangents, DivergedError, ObjectiveError, Step, Sum, supervised
-from trainer.optim import Manual, constant
+from trainer.errors import GradientError
+from trainer.optim import Manual, constant, sgd
 
 MSE = supervised(nn.MSELoss())
 
@@ -560,3 +561,33 @@ def test_a_report_that_is_kept_keeps_no_data_alive() -> None:
     assert gone() is None
     assert report.weights == {"a": 4.0, "b": 1.0}
     assert math.isfinite(report.loss)
+
+
+def test_a_coefficient_of_a_term_that_is_not_there_is_named() -> None:
+    model = torch.nn.Linear(2, 1)
+
+    def objective(model, batch):
+        return {"fit": model(batch).mean(), "size": model.weight.square().sum()}
+
+    step = Step(model, objective, sgd(model.parameters(), lr=0.1), coefficients={"siez": 0.5})
+    before = model.weight.detach().clone()
+    with pytest.raises(ConfigError, match="names 'siez'.*did you mean 'size'"):
+        step([torch.ones(3, 2)])
+    assert torch.equal(model.weight, before) and not step.clocks.windows
+
+
+def test_a_step_that_was_cut_off_inside_the_optimizer_is_not_gone_on_from() -> None:
+    model = torch.nn.Linear(2, 1)
+
+    class CutOff(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            raise KeyboardInterrupt
+
+    step = Step(model, lambda model, batch: model(batch).mean(), CutOff(model.parameters(), lr=0.1))
+    with pytest.raises(KeyboardInterrupt):
+        step([torch.ones(3, 2)])
+    assert step.is_torn
+    for again in (lambda: step([torch.ones(3, 2)]), lambda: step.accumulate(torch.ones(3, 2)), step.state_dict):
+        with pytest.raises(GradientError, match="cut off while its parameters were being changed"):
+            again()

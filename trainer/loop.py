@@ -20,7 +20,7 @@ from trainer.gradient.parameters import named_modules
 from trainer.gradient.precision import width
 from trainer.gradient.report import Report
 from trainer.loggers.chosen import chosen
-from trainer.loggers.events import Evaluated, Logger, Start, Stop
+from trainer.loggers.events import Evaluated, Start, Stop
 from trainer.loggers.together import Together
 from trainer.settings import Settings, from_flat
 from trainer.step import Step
@@ -38,7 +38,7 @@ class Trainer:
         metrics: `metrics(model, micro_batch) -> {name: Sum}`, or torchmetrics objects by name.
         schedule: of the learning rates; see `Step`.
         folder: where logs and checkpoints go; without one nothing is written.
-        loggers: objects with the five events of `trainer.loggers.events`, beside those that the settings ask for.
+        loggers: objects with some of the five events of `trainer.loggers.events`, beside those that the settings ask for.
         count_rows: rows of a micro-batch, where the first dimension of its first tensor is not that.
         recipe: a name for the console and the logs.
         config: what the run was made from, kept with the logs and the checkpoints.
@@ -56,7 +56,7 @@ class Trainer:
         metrics: Metrics | None = None,
         schedule: Any = None,
         folder: str | Path | None = None,
-        loggers: Sequence[Logger] = (),
+        loggers: Sequence[Any] = (),
         count_rows: Callable[[Any], int] | None = None,
         recipe: str | None = None,
         config: dict[str, Any] | None = None,

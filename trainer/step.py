@@ -149,8 +149,9 @@ class Step:
         try:
             report = self._finish(open_, norms)
         except BaseException:
-            if not self._moving:
-                self.cancel()
+            if self._moving:
+                self._open, self._aside = None, []  # neither a step nor a skip: see is_torn
+            self.cancel()
             raise
         if report._skipped is True and self.settings.nonfinite == "raise" and report._reason != skips.ZERO_WEIGHT:
             raise DivergedError(
@@ -169,6 +170,8 @@ class Step:
         return self._open
 
     def _finish(self, open_: OpenWindow, norm_wanted: bool) -> Report:
+        if self.settings.coefficients and not self.clocks.windows:
+            open_.check_coefficients()
         gradients = self.parameters.gradients()
         self.ranks.sum_gradients([*gradients.values(), *open_.held_apart()])  # all_reduce
         factor = self._unscale(open_, gradients)  # unscale
@@ -300,7 +303,6 @@ class Step:
     def cancel(self) -> None:
         """Give the open window up: parameters, buffers, optimizer and clocks as they were before it."""
         if self._open is not None:
-            self._check_whole()
             self._open = None
             zero_grad = self.settings.zero_grad
             zero(self.parameters.by_name.values(), "set_to_none" if zero_grad == "never" else zero_grad)

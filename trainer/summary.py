@@ -53,7 +53,8 @@ def notes(step: Step, source: Source, settings: Settings) -> Sequence[str]:
     said = []
     if not isinstance(step.objective, Supervised) and not step.weigher.declares:
         said.append(
-            "the objective tells no weight: its means are taken over rows, the first dimension of the first tensor."
+            "a plain scalar of the objective counts as a mean over rows, the first dimension of the first tensor; "
+            "Sum(total, weight) tells a weight of its own."
         )
     if not source.owns_order:
         said.append(

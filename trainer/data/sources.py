@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from trainer import rng
+from trainer.data.items import collate_of, of_epoch
 from trainer.data.order import mixed, order
 from trainer.errors import ConfigError, DataError
 from trainer.settings import DataSettings
@@ -107,22 +108,11 @@ def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.index_select(0, rows if tensor.device.type == "cpu" else rows.to(tensor.device))
 
 
-def of_epoch(dataset: Any, seed: int, epoch: int) -> Any:
-    """The dataset as it is in an epoch: what its method `for_epoch(seed, epoch)` returns, where it has one.
-
-    So augmentation can be a pure function of (seed, epoch, row), which neither workers nor a resume can change. The
-    method returns a dataset and changes nothing in its own. Also asked for behind a Subset, that is a random_split.
-    """
-    for_epoch = getattr(dataset, "for_epoch", None)
-    if callable(for_epoch):
-        return for_epoch(seed, epoch)
-    if type(dataset) is Subset:
-        return Subset(of_epoch(dataset.dataset, seed, epoch), dataset.indices)
-    return dataset
-
-
 class DatasetSource:
-    """A map-style dataset, its items collated by torch's DataLoader in the trainer's order."""
+    """A map-style dataset, its items collated by torch's DataLoader in the trainer's order.
+
+    Its methods `for_epoch(seed, epoch)` and `collate_fn(items)` are used where it has them (`trainer.data.items`).
+    """
 
     owns_order = True
     cuts_rows = True
@@ -164,8 +154,12 @@ class DatasetSource:
                 f"{type(self._dataset).__name__}.for_epoch({seed}, {epoch}) gave {len(dataset)} rows, where the "
                 f"dataset has {self._total}: every epoch has the same rows."
             )
+        collate = collate_of(dataset)
         dataset = _Seeded(dataset, mixed(seed, epoch, 2)) if workers else dataset
-        return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=generator))
+        loader = DataLoader(
+            dataset, batch_sampler=batches, num_workers=workers, generator=generator, collate_fn=collate
+        )
+        return iter(loader)
 
 
 class _Seeded(Dataset[Any]):

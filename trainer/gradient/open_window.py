@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.ranks import Ranks
-from trainer.errors import ConfigError, ObjectiveError
+from trainer.errors import ConfigError, ObjectiveError, did_you_mean
 from trainer.gradient.objective import Term, Weigher
 from trainer.gradient.report import Number
 from trainer.gradient.seeds import seed_of
@@ -79,6 +79,15 @@ class OpenWindow:
                 f"micro-batch {self.entered} of this window raised, and its gradient is there in part or not at all: "
                 "call cancel() before anything else."
             )
+
+    def check_coefficients(self) -> None:
+        """Raises ConfigError for a coefficient of a term that the objective does not return: it would count for nothing."""
+        for name in self._settings.coefficients:
+            if name not in self.terms:
+                raise ConfigError(
+                    f"gradient.coefficients names '{name}', which the objective does not return: "
+                    f"{did_you_mean(name, self.terms)}"
+                )
 
     def close(self) -> None:
         """A report that is kept must keep no data and no gradients alive."""

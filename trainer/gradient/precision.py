@@ -24,7 +24,7 @@ def check_precision(precision: str, parameters: Mapping[str, Tensor]) -> None:
             if parameter.dtype not in (torch.float64, torch.complex128):
                 raise ConfigError(
                     f"precision=fp64, but the parameter '{name}' is {str(parameter.dtype).removeprefix('torch.')}: "
-                    "make the model float64 (model.double()) before its optimizer."
+                    "make the model's tensors float64 before its optimizer (of a module: model.double())."
                 )
 
 

@@ -1,4 +1,4 @@
-"""What loggers are told: five events, each with its facts. A logger is any object with these methods.
+"""What loggers are told: five events, each with its facts. A logger is any object with some of these methods.
 
 `start`, `evaluate`, `skip` and `stop` come when they happen; `step` comes every so many ticks of the logging clock,
 so that what reads a device value is paid for seldom. A logger may also have `tick()`, called after every window

@@ -3,38 +3,51 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from trainer.errors import ConfigError
 from trainer.gradient.report import Report
-from trainer.loggers.events import Evaluated, Logger, Start, Stop
+from trainer.loggers.events import Evaluated, Start, Stop
+
+
+EVENTS = ("start", "step", "evaluate", "skip", "stop")
 
 
 class Together:
-    """Passes each event on to every logger, in their order.
+    """Passes each event on to every logger that has a method for it, in their order.
 
     `ticks` are the functions that want to be called after every window.
     """
 
-    def __init__(self, loggers: Sequence[Logger]) -> None:
+    def __init__(self, loggers: Sequence[Any]) -> None:
         self.loggers = list(loggers)
+        for logger in self.loggers:
+            if not any(callable(getattr(logger, event, None)) for event in EVENTS):
+                raise ConfigError(
+                    f"the logger {type(logger).__name__} listens to nothing: give it one of {', '.join(EVENTS)}."
+                )
+        self._listening = {
+            event: [getattr(logger, event) for logger in self.loggers if callable(getattr(logger, event, None))]
+            for event in EVENTS
+        }
         self.ticks = [logger.tick for logger in self.loggers if hasattr(logger, "tick")]
 
-    def __iter__(self) -> Iterator[Logger]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.loggers)
 
     def start(self, event: Start) -> None:
-        for logger in self.loggers:
-            logger.start(event)
+        for start in self._listening["start"]:
+            start(event)
 
     def step(self, report: Report, seconds: float) -> None:
-        for logger in self.loggers:
-            logger.step(report, seconds)
+        for step in self._listening["step"]:
+            step(report, seconds)
 
     def evaluate(self, event: Evaluated, model: Any) -> None:
-        for logger in self.loggers:
-            logger.evaluate(event, model)
+        for evaluate in self._listening["evaluate"]:
+            evaluate(event, model)
 
     def skip(self, report: Report) -> None:
-        for logger in self.loggers:
-            logger.skip(report)
+        for skip in self._listening["skip"]:
+            skip(report)
 
     def flush(self) -> None:
         """What loggers keep in line goes to their files, or a run that goes on from the checkpoint would miss it."""
@@ -45,9 +58,9 @@ class Together:
     def stop(self, event: Stop) -> None:
         """Each is told, also where another one fails. Raises the first error."""
         errors: list[Exception] = []
-        for logger in self.loggers:
+        for stop in self._listening["stop"]:
             try:
-                logger.stop(event)
+                stop(event)
             except Exception as error:
                 errors.append(error)
         if errors:

@@ -1,0 +1,151 @@
+"""What each toggle costs, as ratios on this machine, in a minute or two. python docs/toggles/cost.py
+
+Two things that differ in one toggle take turns, 15 times each, on one thread; what is printed is the median time of
+the second over the median time of the first. `digits` is that recipe's model on 32 of its images; `deep` has 12 layers
+of 512 and 256 rows, so that there the arithmetic is what takes the time.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from trainer.recipes import digits
+
+from trainer import Step, Trainer, supervised
+from trainer.data import source_of
+from trainer.evaluate import Evaluation
+from trainer.optim import Manual, adamw, cosine, sgd
+from trainer.optim.groups import parameter_groups
+from trainer.settings import DataSettings
+
+TURNS = 15
+LOSS = supervised(nn.CrossEntropyLoss())
+DATA = digits.images()
+
+
+class Items(Dataset[Any]):
+    """The training rows, one by one."""
+
+    def __len__(self) -> int:
+        return len(DATA.train[0])
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return DATA.train[0][row], DATA.train[1][row]
+
+
+def compare(name: str, first: Callable[[], Any], second: Callable[[], Any]) -> None:
+    """Print median over median of the turns that the two take."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(TURNS + 2):
+        for index, run in enumerate((first, second)):
+            began = perf_counter()
+            run()
+            if turn > 1:
+                times[index].append(perf_counter() - began)
+    print(f"{name:55} {statistics.median(times[1]) / statistics.median(times[0]):.2f}", flush=True)
+
+
+def deep() -> nn.Sequential:
+    return nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(512, 512), nn.ReLU())))
+
+
+def steps(
+    count: int = 200,
+    size: int = 32,
+    parts: int = 1,
+    model: Callable[[], nn.Module] = digits.mlp,
+    make: Callable[..., Any] = adamw,
+    wide: bool = False,
+    **settings: Any,
+) -> Callable[[], None]:
+    """A run of `count` steps on the same window of `parts` micro-batches, `size` rows in all."""
+    torch.manual_seed(0)
+    net = model()
+    inputs, classes = (torch.randn(size, 512), torch.arange(size)) if wide else (part[:size] for part in DATA.train)
+    if settings.get("precision") == "fp64":
+        net, inputs = net.double(), inputs.double()
+    window = tuple(zip(inputs.chunk(parts), classes.chunk(parts), strict=True))
+    step = Step(net, LOSS, make(net.parameters()), **settings)
+
+    def run() -> None:
+        for _ in range(count):
+            step(window)
+
+    return run
+
+
+def wide(**settings: Any) -> Callable[[], None]:
+    return steps(count=3, size=256, model=deep, wide=True, **settings)
+
+
+def evaluation(grad_mode: str) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model, evaluate = digits.mlp(), Evaluation(LOSS, digits.accuracy, grad_mode)
+    batches = source_of(DATA.evaluation, DataSettings(), evaluation=True)
+
+    def run() -> None:
+        for _ in range(10):
+            evaluate(model, batches.micro_batches(0, 0, 0))
+
+    return run
+
+
+def epoch(data: Any) -> Callable[[], None]:
+    source = source_of(data, DataSettings())
+    return lambda: [None for _ in source.micro_batches(0, 0, 0)]
+
+
+def fit(**settings: Any) -> Callable[[], None]:
+    """Ten epochs, 450 steps, with whatever is written."""
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            model = digits.mlp()
+            quiet = {"console": False, "tensorboard": False, "metrics_file": False, "checkpoint_last": False}
+            wanted = {**quiet, "epochs": 10, "folder": folder, **settings}
+            Trainer(model, LOSS, adamw(model.parameters()), data=DATA.train, seed=0, **wanted).fit()
+
+    return run
+
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    compare("accumulation: 4 x 8 rows over 1 x 32, digits", steps(), steps(parts=4))
+    compare("accumulation: 4 x 64 rows over 1 x 256, deep", wide(), wide(parts=4))
+    for reduction in ("sum", "micro_batches"):
+        compare(f"reduction: {reduction} over mean, 4 x 8", steps(parts=4), steps(parts=4, reduction=reduction))
+    for how in ("zeros", "never"):
+        compare(f"zero_grad: {how} over set_to_none", steps(), steps(zero_grad=how))
+    compare("clipping: clip_norm over none", steps(), steps(clip_norm=1.0))
+    compare("clipping: clip_value over none", steps(), steps(clip_value=1.0))
+    compare("nonfinite: allow over skip", steps(), steps(nonfinite="allow"))
+    compare("nonfinite: raise over skip", steps(), steps(nonfinite="raise"))
+    compare("activation checkpointing: 4 segments over none, digits", steps(), steps(activation_checkpointing=3))
+    compare("activation checkpointing: 4 segments over none, deep", wide(), wide(activation_checkpointing=4))
+    for precision in ("bf16", "fp64"):
+        compare(f"precision: {precision} over fp32, digits", steps(), steps(precision=precision))
+        compare(f"precision: {precision} over fp32, deep", wide(), wide(precision=precision))
+    compare("schedules: cosine over none", steps(), steps(schedule=cosine(10**6)))
+    compare("optimizers: sgd over adamw", steps(), steps(make=sgd))
+    compare("optimizers: Manual over adamw", steps(), steps(make=Manual))
+    compare("optimizers: torch's AdamW over adamw", steps(), steps(make=torch.optim.AdamW))
+    for mode in ("inference_mode", "enabled"):
+        compare(f"evaluation: {mode} over no_grad", evaluation("no_grad"), evaluation(mode))
+    written = {"tensorboard": True, "metrics_file": True}
+    compare("loggers: both files every 50 steps over none", fit(), fit(**written))
+    compare("loggers: both files every step over none", fit(), fit(**written, log_every=1))
+    compare("checkpoints: after every epoch over none", fit(), fit(checkpoint_every=1))
+    compare("data: a dataset of items over tensors", epoch(DATA.train), epoch(Items()))
+    loader = DataLoader(TensorDataset(*DATA.train), batch_size=32, shuffle=True)
+    compare("data: a DataLoader over tensors", epoch(DATA.train), epoch(loader))
+
+
+if __name__ == "__main__":
+    main()
