@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.data import Split
+    from trainer.data import Split, Window, windows
     from trainer.errors import (
         CheckpointError,
         ConfigError,
@@ -27,6 +27,8 @@ _HOMES = {
     "Step": "trainer.step",
     "Trainer": "trainer.loop",
     "Split": "trainer.data",
+    "Window": "trainer.data",
+    "windows": "trainer.data",
     "Sum": "trainer.gradient.objective",
     "Cotangents": "trainer.gradient.objective",
     "supervised": "trainer.gradient.objective",
@@ -56,7 +58,9 @@ __all__ = [
     "Sum",
     "Trainer",
     "TrainerError",
+    "Window",
     "supervised",
+    "windows",
 ]
 
 
