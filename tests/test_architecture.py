@@ -18,6 +18,7 @@ LAYERS = [
     ["optim", "data", "activations"],
     ["step", "modes", "device"],
     ["evaluate", "checkpoint", "loggers", "summary", "due"],
+    ["feed"],
     ["loop"],
     ["config", "verbs"],
     ["cli"],
@@ -25,7 +26,6 @@ LAYERS = [
 ]
 LONG = {
     "step.py": "the life of a gradient, read straight down",
-    "loop.py": "the run, read straight down",
 }
 
 

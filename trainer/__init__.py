@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.data import Split, Window, windows
+    from trainer.data import Split
+    from trainer.data.windows import Window, windows
     from trainer.errors import (
         CheckpointError,
         ConfigError,
@@ -27,8 +28,8 @@ _HOMES = {
     "Step": "trainer.step",
     "Trainer": "trainer.loop",
     "Split": "trainer.data",
-    "Window": "trainer.data",
-    "windows": "trainer.data",
+    "Window": "trainer.data.windows",
+    "windows": "trainer.data.windows",
     "Sum": "trainer.gradient.objective",
     "Cotangents": "trainer.gradient.objective",
     "supervised": "trainer.gradient.objective",

@@ -10,13 +10,12 @@ from torch import nn
 
 from trainer import modes, rng, summary
 from trainer.checkpoint.run_state import BEST, LAST, RunState
-from trainer.data.sources import Source, TensorSource, source_of
-from trainer.data.windows import FullWindow, Window, windows
+from trainer.data.sources import Source, source_of
 from trainer.device import device_of, placed
 from trainer.due import Due
-from trainer.errors import ConfigError, DataError, DivergedError, GradientError
+from trainer.errors import ConfigError, DivergedError, GradientError
 from trainer.evaluate import Evaluation, Metrics
-from trainer.gradient.parameters import named_modules
+from trainer.feed import Feed
 from trainer.gradient.precision import width
 from trainer.gradient.report import Report
 from trainer.loggers.chosen import chosen
@@ -38,7 +37,7 @@ class Trainer:
         metrics: `metrics(model, micro_batch) -> {name: Sum}`, or torchmetrics objects by name.
         schedule: of the learning rates; see `Step`.
         folder: where logs and checkpoints go; without one nothing is written.
-        loggers: objects with some of the five events of `trainer.loggers.events`, beside those that the settings ask for.
+        loggers: objects with some of the five events of `trainer.loggers.events`, beside those of the settings.
         count_rows: rows of a micro-batch, where the first dimension of its first tensor is not that.
         recipe: a name for the console and the logs.
         config: what the run was made from, kept with the logs and the checkpoints.
@@ -86,7 +85,6 @@ class Trainer:
             count_rows=count_rows,
             gradient=self.settings.gradient,
         )
-        self._source = placed(source_of(data, self.settings.data), self._device, dtype)
         self._held_out: Source | None = None
         if evaluation_data is not None:
             self._held_out = placed(
@@ -106,10 +104,10 @@ class Trainer:
         self.go_on: str | None = None
         self.last_report: Report | None = None
         self._counted_limits: list[tuple[str, int]] = []
-        self._rewind = rng.Rewind()
-        self._marked = -1
-        self._looked_at: list[int] = []
-        self._is_full = False
+        source = placed(source_of(data, self.settings.data), self._device, dtype)
+        self._feed = Feed(
+            source, self.settings.gradient.accumulation_steps, self.state, self.step.clocks, self.step.weigher
+        )
         self._began = 0.0
 
     def fit(self, resume: str | Path = "never") -> Stop:
@@ -132,8 +130,8 @@ class Trainer:
             )
         if self.settings.seed is not None and resumed is None and not self.step.clocks.windows:
             rng.seed_all(self.settings.seed)
-        notes = self._set_train_mode()
-        self._rewind = rng.Rewind()
+        notes = modes.set_train(self.model, self.step.optimizers)
+        self._feed.start()
         self._began = time.monotonic()
         start = self._start(resumed, notes)
         try:
@@ -141,8 +139,8 @@ class Trainer:
             reason = self._run()
         except BaseException as error:
             keep = not (self.step.is_torn or isinstance(error, DivergedError))
-            if keep and self._marked == self.step.clocks.windows:
-                self._rewind.back()  # the window was given up: what it drew is drawn again when the run goes on
+            if keep:
+                self._feed.take_back()
             self._stop("stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"stopped by {error!r}", keep)
             raise
         return self._stop(reason, keep=True)
@@ -171,7 +169,7 @@ class Trainer:
             self._evaluated()
         reason = self._reached()
         while reason is None:
-            for window in self._windows():
+            for window in self._feed.windows():
                 report = self.last_report = self.step(window)
                 for tick in ticks:
                     tick()
@@ -187,7 +185,7 @@ class Trainer:
                 if self._reached():
                     break
             reason = self._reached()
-            if reason is None or self.state.position == self._source.length():
+            if reason is None or self._feed.is_at_end():
                 self.state.next_epoch()
                 if evaluate(clocks):
                     self._evaluated()
@@ -199,43 +197,6 @@ class Trainer:
         if self._held_out is not None and self.state.evaluated_at != clocks.windows:
             self._evaluated(due=False)
         return reason
-
-    def _windows(self) -> Iterator[Window]:
-        """The rest of this epoch, window by window."""
-        clocks, rewind = self.step.clocks, self._rewind
-        rewind.mark()
-        self._marked = clocks.windows
-        count = 0
-        for window in windows(self._micro_batches(), self.settings.gradient.accumulation_steps, self._kind()):
-            count += 1
-            yield window
-            rewind.mark()
-            self._marked = clocks.windows
-        if not count and not self.state.position:
-            raise DataError("the data gave no micro-batch in a whole epoch: it is empty.")
-
-    def _kind(self) -> type[Window]:
-        """Full windows where all targets in memory count, looked at again only where somebody changed them."""
-        if not isinstance(self._source, TensorSource):
-            return Window
-        versions = [tensor._version for tensor in self._source.tensors]
-        if versions != self._looked_at:
-            self._looked_at = versions
-            self._is_full = self.step.weigher.leaves_nothing_out(self._source.tensors)
-        return FullWindow if self._is_full else Window
-
-    def _micro_batches(self) -> Iterator[Any]:
-        """The rest of this epoch. Data that draws its order from the generators draws it again as the epoch began."""
-        state = self.state
-        place = state.order_seed, self.step.clocks.epochs, state.position
-        if self._source.owns_order:
-            return self._source.micro_batches(*place)
-        if not state.position or state.epoch_rng is None:
-            state.epoch_rng = rng.capture()
-            return self._source.micro_batches(*place)
-        with rng.preserved():
-            rng.restore(state.epoch_rng)
-            return self._source.micro_batches(*place)
 
     def _reached(self) -> str | None:
         """Which limit is reached, in words."""
@@ -260,7 +221,7 @@ class Trainer:
             )
 
     def _log(self, report: Report) -> None:
-        self._rewind.look()
+        self._feed.look()
         if report._skipped is not True and report.skipped:
             self._skipped(report)
         self._loggers.step(report, time.monotonic() - self._began)
@@ -299,10 +260,10 @@ class Trainer:
             parameters=summary.parameter_count(self.step),
             device=str(self._device),
             precision=self.settings.precision,
-            window=summary.window(self.settings, self._source, self.step),
-            notes=[*notes, *summary.notes(self.step, self._source, self.settings)],
+            window=summary.window(self.settings, self._feed.source, self.step),
+            notes=[*notes, *summary.notes(self.step, self._feed.source, self.settings)],
             config=self.config,
-            total_windows=summary.total_windows(self.settings, self._source),
+            total_windows=summary.total_windows(self.settings, self._feed.source),
             clocks=self.step.clocks.as_dict(),
             resumed_from=resumed,
         )
@@ -327,15 +288,3 @@ class Trainer:
             )
             self._loggers.stop(stop)
         return stop
-
-    def _set_train_mode(self) -> list[str]:
-        """A model that is wholly in eval is put in train; mixed modes are taken as meant."""
-        for optimizer in self.step.optimizers:
-            if modes.has_modes(optimizer):
-                optimizer.train()  # type: ignore[attr-defined]
-        modules = list(named_modules(self.model).values())
-        if not modules or any(module.training for module in modules):
-            return []
-        for module in modules:
-            module.train()
-        return ["the model was wholly in eval mode: it was put in train mode."]

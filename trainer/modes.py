@@ -54,5 +54,21 @@ def _averaged(optimizer: Any) -> Iterator[None]:
                 parameter.copy_(copy)
 
 
+def set_train(model: Any, optimizers: Sequence[Any]) -> list[str]:
+    """Train mode for optimizers that have one, and a model that is wholly in eval; mixed modes are taken as meant.
+
+    Returns what the user should know of it.
+    """
+    for optimizer in optimizers:
+        if has_modes(optimizer):
+            optimizer.train()
+    modules = list(named_modules(model).values())
+    if not modules or any(module.training for module in modules):
+        return []
+    for module in modules:
+        module.train()
+    return ["the model was wholly in eval mode: it was put in train mode."]
+
+
 def has_modes(optimizer: Any) -> bool:
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))

@@ -81,7 +81,7 @@ class OpenWindow:
             )
 
     def check_coefficients(self) -> None:
-        """Raises ConfigError for a coefficient of a term that the objective does not return: it would count for nothing."""
+        """Raises ConfigError for a coefficient of a term that is not there: it would count for nothing."""
         for name in self._settings.coefficients:
             if name not in self.terms:
                 raise ConfigError(

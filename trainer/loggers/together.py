@@ -1,12 +1,13 @@
 """All loggers of a run as one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.gradient.report import Report
 from trainer.loggers.events import Evaluated, Start, Stop
-
 
 EVENTS = ("start", "step", "evaluate", "skip", "stop")
 
@@ -25,29 +26,34 @@ class Together:
                     f"the logger {type(logger).__name__} listens to nothing: give it one of {', '.join(EVENTS)}."
                 )
         self._listening = {
-            event: [getattr(logger, event) for logger in self.loggers if callable(getattr(logger, event, None))]
+            event: [logger for logger in self.loggers if callable(getattr(logger, event, None))]
             for event in EVENTS
         }
         self.ticks = [logger.tick for logger in self.loggers if hasattr(logger, "tick")]
+        self._looks = [logger.look for logger in self.loggers if hasattr(logger, "look")]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.loggers)
 
     def start(self, event: Start) -> None:
-        for start in self._listening["start"]:
-            start(event)
+        for logger in self._listening["start"]:
+            logger.start(event)
+
+    def look(self, parameters: Mapping[str, Tensor], report: Report) -> None:
+        for look in self._looks:
+            look(parameters, report)
 
     def step(self, report: Report, seconds: float) -> None:
-        for step in self._listening["step"]:
-            step(report, seconds)
+        for logger in self._listening["step"]:
+            logger.step(report, seconds)
 
     def evaluate(self, event: Evaluated, model: Any) -> None:
-        for evaluate in self._listening["evaluate"]:
-            evaluate(event, model)
+        for logger in self._listening["evaluate"]:
+            logger.evaluate(event, model)
 
     def skip(self, report: Report) -> None:
-        for skip in self._listening["skip"]:
-            skip(report)
+        for logger in self._listening["skip"]:
+            logger.skip(report)
 
     def flush(self) -> None:
         """What loggers keep in line goes to their files, or a run that goes on from the checkpoint would miss it."""
@@ -58,9 +64,9 @@ class Together:
     def stop(self, event: Stop) -> None:
         """Each is told, also where another one fails. Raises the first error."""
         errors: list[Exception] = []
-        for stop in self._listening["stop"]:
+        for logger in self._listening["stop"]:
             try:
-                stop(event)
+                logger.stop(event)
             except Exception as error:
                 errors.append(error)
         if errors:
