@@ -24,6 +24,8 @@ START = len(ALPHABET)
 SYMBOLS = len(ALPHABET) + 1
 PADDING = -100
 """The target that is none: what cross_entropy ignores."""
+_NUMBERS = torch.zeros(128, dtype=torch.int64)
+_NUMBERS[list(ALPHABET.encode())] = torch.arange(len(ALPHABET))
 
 Windows = tuple[Tensor, Tensor]
 
@@ -35,8 +37,7 @@ class Text(Dataset[Windows]):
     """
 
     def __init__(self, files: Sequence[str], length: int) -> None:
-        number = {character: index for index, character in enumerate(ALPHABET)}
-        self.files = [torch.tensor([START, *(number[character] for character in file)]) for file in files]
+        self.files = [torch.cat((torch.tensor([START]), _NUMBERS[list(file.encode())])) for file in files]
         self.windows: list[tuple[int, int, int]] = []
         for index, file in enumerate(files):
             start = 0
@@ -56,13 +57,13 @@ class Text(Dataset[Windows]):
 
     def collate_fn(self, items: list[Windows]) -> Windows:
         """Items as a micro-batch of shape (rows, longest): padded at the end, where a target is PADDING."""
-        inputs, targets = zip(*items, strict=True)
+        inputs, targets = ([item[side] for item in items] for side in (0, 1))
         return pad_sequence(inputs, True, START), pad_sequence(targets, True, PADDING)
 
 
 @functools.lru_cache(maxsize=1)  # the data and the story ask for the same
-def library(length: int = 128, characters: int = 2_000_000, held_out: int = 10, largest: int = 60_000) -> Split:
-    """Source files of the standard library of the Python that runs, in the order of their names, as windows of `length`.
+def library(length: int = 128, characters: int = 900_000, held_out: int = 10, largest: int = 60_000) -> Split:
+    """Source files of the running Python's standard library, in the order of their names, as windows of `length`.
 
     Files of at most `largest` characters are taken until there are about `characters`, every `held_out`th for
     evaluation. Modules with a leading underscore, and files with other characters than ASCII's printable ones, are not.
@@ -77,7 +78,9 @@ def library(length: int = 128, characters: int = 2_000_000, held_out: int = 10, 
             if text and set(text) <= set(ALPHABET):
                 taken.append(text)
     if len(taken) < held_out:
-        raise DataError(f"{folder}: the source of Python's library is not there, or not enough of it: {len(taken)} files.")
+        raise DataError(
+            f"{folder}: the source of Python's library is not there, or not enough of it: {len(taken)} files."
+        )
     train = [text for index, text in enumerate(taken) if index % held_out != held_out - 1]
     return Split(train=Text(train, length), evaluation=Text(taken[held_out - 1 :: held_out], length))
 
@@ -108,21 +111,27 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Symbols of shape (rows, length) to logits of shape (rows, length, SYMBOLS). Its first layer is also its last."""
+    """Symbols of shape (rows, length) to logits of shape (rows, length, SYMBOLS). Its first layer is also its last.
+
+    Each place starts from its symbol and, in tables of their own, the two before it: what the n-gram knows as well.
+    """
 
     def __init__(self, length: int, width: int = 128, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
         if width % heads:
             raise ConfigError(f"model.width={width} is not possible with model.heads={heads}: it must be a multiple.")
         self.symbols = nn.Embedding(SYMBOLS, width)
+        self.before = nn.ModuleList(nn.Embedding(SYMBOLS, width) for _ in range(2))
         self.positions = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        for embedding in (self.symbols, self.positions):
+        for embedding in (self.symbols, *self.before, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, symbols: Tensor) -> Tensor:
         x = self.symbols(symbols) + self.positions.weight[: symbols.shape[1]]
+        for distance, table in enumerate(self.before, start=1):
+            x = x + table(functional.pad(symbols, (distance, 0), value=START)[:, :-distance])
         for block in self.blocks:
             x = block(x)
         return functional.linear(self.norm(x), self.symbols.weight)
@@ -183,13 +192,7 @@ class Compare:
         sys.stdout.write(f"  bits per held-out character: order-2 n-gram {ngram:.3f}")
         if "bits" in event.metrics:
             found = event.metrics["bits"]
-            sys.stdout.write(f", transformer {found:.3f}: {abs(ngram - found):.3f} {'less' if found < ngram else 'MORE'}")
+            sys.stdout.write(
+                f", transformer {found:.3f}: {abs(ngram - found):.3f} {'less' if found < ngram else 'MORE'}"
+            )
         sys.stdout.write("\n")
-
-    def start(self, event: Any) -> None: ...
-
-    def step(self, report: Any, seconds: float) -> None: ...
-
-    def evaluate(self, event: Any, model: Any) -> None: ...
-
-    def skip(self, report: Any) -> None: ...

@@ -99,6 +99,15 @@ def test_a_schedule_without_a_total_ends_with_the_run(total, rate):
     assert trainer.last_report.lr == pytest.approx(rate)  # 0.1 at the first step, the fourth sees a count of 3
 
 
+def test_a_run_that_is_shorter_than_its_warm_up_is_the_beginning_of_it():
+    schedule = {"_target_": "trainer.optim.schedules.wsd", "warmup": 10, "decay": 20, "clock": "steps"}
+    trainer = built(schedule=schedule, limits={"epochs": None, "steps": 3})
+    trainer.fit()
+    assert trainer.last_report.lr == pytest.approx(0.1 * 3 / 10)
+    with pytest.raises(ConfigError, match="warm-up and decay take 30 of 8 ticks"):  # a total that was given stays
+        built(schedule={**schedule, "total": 8}, limits={"epochs": None, "steps": 3})
+
+
 def test_a_schedule_of_torch_is_given_the_optimizer():
     trainer = built(
         schedule={"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}, limits={"epochs": 2}

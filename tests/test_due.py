@@ -75,3 +75,20 @@ def test_nothing_is_read_before_the_clock_can_have_come_to_the_mark() -> None:
         assert due(clocks) is true
         assert Counted.reads == reads
     assert (clocks.steps, clocks.rows) == (3, 12)
+
+
+def test_it_is_near_before_every_window_that_is_due_and_for_steps_before_no_other() -> None:
+    for clock, at_most in (("steps", 5), ("windows", 5), ("rows", 12), ("epochs", 4)):
+        due, clocks = Due(25 if clock == "rows" else 3, clock, at_once=True), Clocks()
+        due.start(clocks)
+        near = 0
+        for window in range(12):
+            was_near = due.is_near(clocks)
+            near += was_near
+            clocks.draw(1)
+            clocks.take(10, 0)
+            is_due = due(clocks)
+            assert was_near or not is_due
+            clocks.epochs = window + 1
+        assert near <= at_most, clock
+    assert not Due(None, "rows").is_near(Clocks())

@@ -85,7 +85,7 @@ def test_a_pipe_gets_plain_lines() -> None:
         "  best: accuracy 0.98 at step 10",
         "  model    outputs/model.safetensors",
         "  metrics  outputs/metrics.jsonl",
-        "go on with: trainer train recipe=digits run=mine",
+        "go on with a higher limit: trainer train recipe=digits run=mine",
     ]
 
 
@@ -277,3 +277,32 @@ def test_a_full_disk_is_told() -> None:
     screen.stop(logged.stop(0))
     with pytest.raises(OSError, match="No space"):
         stream.close()
+
+
+class Cell(io.StringIO):
+    """A cell's output as a kernel gives it: no terminal, and a file number that is that of the server's terminal."""
+
+    def fileno(self) -> int:
+        return 1
+
+
+Cell.__module__ = "ipykernel.iostream"
+
+
+def test_a_notebook_gets_a_bar_drawn_over_seldom_and_without_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr(console, "DRAW_EVERY_IN_A_NOTEBOOK", 60.0)
+    stream = Cell()
+    run(stream, windows=60)
+    text = stream.getvalue()
+    assert "60/60 windows [" in text and "loss 0.25" in text and "\x1b" not in text
+    assert "stopped: 3 epochs done" in text and "best: accuracy 0.98 at step 10" in text
+    drawn = [part for part in text.split("\r") if "windows [" in part]
+    assert 2 <= len(drawn) <= 10  # in these 1.2 s a terminal gets twice as many
+    assert all(len(part.splitlines()[0]) <= 79 for part in drawn)
+
+
+def test_what_fit_gives_back_reads_in_one_line() -> None:
+    assert repr(logged.stop(6)) == (
+        "Stop(3 epochs done: 6 steps, 0 skips, 2.0 s, loss 0.25, accuracy 0.97, best accuracy 0.98 at step 10)"
+    )

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import logged
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.util.tensor_util import make_ndarray
 
 from trainer.errors import ConfigError, TrainerError
 from trainer.loggers.tensorboard import TensorBoard
@@ -48,18 +51,22 @@ def test_all_that_a_step_has_is_read_back_exactly(tmp_path: Path) -> None:
         "gradient/clip_factor": lambda window: 0.75,
         "gradient/skips": lambda window: 0,
         "optimizer/lr": lambda window: 1e-3,
-        "clock/micro_batches": lambda window: 2 * window,
-        "clock/windows": lambda window: window,
-        "clock/epochs": lambda window: window // 10,
-        "clock/steps": lambda window: window,
-        "clock/rows": lambda window: 64 * window,
-        "clock/tokens": lambda window: 0,
+        "time/micro_batches": lambda window: 2 * window,
+        "time/rows": lambda window: 64 * window,
     }.items():
         events = [(event.step, event.value) for event in found.Scalars(tag)]
         assert events == [(window, single(value(window))) for window in range(1, 121)], tag
     assert [event.value for event in found.Scalars("time/steps_per_second")] == pytest.approx([10.0] * 120, rel=1e-4)
     assert [event.value for event in found.Scalars("time/rows_per_second")] == pytest.approx([640.0] * 120, rel=1e-4)
-    assert "loss/loss" not in found.Tags()["scalars"]
+    assert [(event.step, event.value) for event in found.Scalars("time/epochs")] == [
+        (window, float(window // 10)) for window in range(10, 121)
+    ]
+    assert all(0 < event.value < 1 << 20 for event in found.Scalars("memory/process"))
+    tags = found.Tags()["scalars"]
+    # The loss again, the axis again, the same count as the axis, a count of nothing.
+    assert not {"loss/loss", "time/steps", "time/windows", "time/tokens"} & set(tags)
+    # TensorBoard's first look, and the five metrics that it shows of a sweep.
+    assert min(tags) == "gradient/clip_factor"
 
 
 def test_terms_evaluation_and_skips(tmp_path: Path) -> None:
@@ -115,12 +122,22 @@ def test_the_axis_is_the_clock_that_was_asked_for(tmp_path: Path) -> None:
     board.step(logged.report(2), 0.1)
     board.stop(logged.stop(2))
     assert scalars(tmp_path, "loss/total") == [(128, 0.25)]
+    assert scalars(tmp_path, "time/steps") == [(128, 2.0)]
     with pytest.raises(ConfigError, match="the clock 'hours'"):
         board.start(logged.start(3, step_clock="hours"))
     board.stop(logged.stop(3))
 
 
-def test_the_config_shows_as_text_and_the_charts_have_a_layout(tmp_path: Path) -> None:
+def test_a_clock_that_parts_from_the_axis_shows_from_then_on(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.start(logged.start())
+    for window, skips in ((1, 0), (2, 1), (3, 1)):
+        board.step(logged.report(window, skips=skips), 0.1 * window)
+    board.stop(logged.stop(3, clocks=logged.clocks(3, 1)))
+    assert scalars(tmp_path, "time/windows") == [(1, 2.0), (2, 3.0)]
+
+
+def test_the_config_shows_as_text(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     config = {
         "seed": 1,
@@ -135,12 +152,135 @@ def test_the_config_shows_as_text_and_the_charts_have_a_layout(tmp_path: Path) -
     expected = "seed: 1\ngradient:\n  clip_norm: null\n  terms:\n  - a\n  - b\nwhere: outputs/x\ntext: \u00e4\n"
     assert text == f"```yaml\n{expected}```"
     assert found.summary_metadata["config/text_summary"].plugin_data.plugin_name == "text"
+
+
+def charts(folder: Path) -> dict[str, list[str]]:
+    found = read(folder)
     layout = layout_pb2.Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert found.summary_metadata["custom_scalars__config__"].plugin_data.plugin_name == "custom_scalars"
-    patterns = [list(chart.multiline.tag) for chart in layout.category[0].chart]
-    written = ["loss/total", "eval/loss", "gradient/norm", "gradient/clip_factor"]
-    assert [tag for tag in written if any(re.match(pattern, tag) for chart in patterns for pattern in chart)] == written
-    assert [tag for tag in written if any(re.match(pattern, tag) for pattern in patterns[0])] == written[:2]
+    return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+
+
+def test_every_chart_of_the_layout_has_its_tags(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, layer_norms=1)
+    board.start(logged.start())
+    board.look(parameters(), logged.report(1))
+    board.step(logged.report(1), 0.1)
+    board.evaluate(logged.evaluated(1, {"loss": 0.5, "accuracy": 0.9}), None)
+    board.stop(logged.stop(1))
+    tags = read(tmp_path).Tags()["scalars"]
+    found = charts(tmp_path)
+    matched = {
+        title: [tag for tag in tags if any(re.match(pattern, tag) for pattern in patterns)]
+        for title, patterns in found.items()
+    }
+    assert all(matched.values())
+    assert sorted(matched["loss: training against evaluation"]) == ["eval/loss", "loss/total"]
+    assert matched["evaluation: metrics"] == ["eval/accuracy"]
+
+
+def test_a_chart_that_would_stay_empty_is_not_there(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.start(logged.start())
+    report = logged.report(1)
+    report._clip_factor = None
+    board.step(report, 0.1)
+    board.stop(logged.stop(1))
+    titles = set(charts(tmp_path))
+    assert "gradient: norm" in titles
+    assert not titles & {"gradient: clip factor", "gradient: norm by parameter"}
+
+
+def session(folder: Path) -> tuple[dict[str, Any], int | None]:
+    """The hyperparameters and the end's status, as TensorBoard's own plugin reads them."""
+    content = {tag: facts.plugin_data.content for tag, facts in read(folder).summary_metadata.items()}
+    start = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG])
+    values = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
+    if metadata.SESSION_END_INFO_TAG not in content:
+        return values, None
+    return values, metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG]).status
+
+
+def test_a_run_of_a_sweep_tells_its_hyperparameters_and_how_it_ended(tmp_path: Path) -> None:
+    config = {
+        "recipe": "digits",
+        "seed": 3,
+        "optimizer": {"_target_": "trainer.optim.adamw", "lr": 1e-3, "betas": [0.9, 0.95]},
+        "data": {"shuffle": True, "source": {"_target_": "mine.rows", "_partial_": True}},
+        "gradient": {"clip_norm": None},
+        "loggers": {"every": 50},
+    }
+    board = TensorBoard(tmp_path / "0")
+    board.start(logged.start(config=config))
+    board.flush()
+    expected = {
+        "seed": 3.0,
+        "optimizer": "trainer.optim.adamw",
+        "optimizer.lr": 1e-3,
+        "optimizer.betas": "[0.9, 0.95]",
+        "data.shuffle": True,
+        "data.source": "mine.rows",
+        "gradient.clip_norm": "null",
+    }
+    assert session(tmp_path / "0") == (expected, None)
+    board.stop(logged.stop(1))
+    assert session(tmp_path / "0") == (expected, api_pb2.STATUS_SUCCESS)
+    board = TensorBoard(tmp_path / "1")
+    board.start(logged.start(config=config))
+    board.stop(logged.stop(1, reason="stopped by Ctrl-C"))
+    assert session(tmp_path / "1")[1] == api_pb2.STATUS_FAILURE
+
+
+def parameters() -> dict[str, torch.Tensor]:
+    weight = torch.tensor([3.0, 4.0], requires_grad=True)
+    weight.grad = torch.tensor([0.6, 0.8])
+    frozen = torch.full((4,), 0.5)
+    return {"0.weight": weight, "1.bias": frozen}
+
+
+def test_norms_and_histograms_come_when_they_are_due(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, histograms=4, layer_norms=2)
+    board.start(logged.start())
+    for window in range(1, 10):
+        board.look(parameters(), logged.report(window))
+    board.stop(logged.stop(9))
+    assert scalars(tmp_path, "gradient_norm/0.weight") == [(step, 1.0) for step in (1, 2, 4, 6, 8)]
+    assert scalars(tmp_path, "parameter_norm/0.weight") == [(step, 5.0) for step in (1, 2, 4, 6, 8)]
+    assert scalars(tmp_path, "parameter_norm/1.bias") == [(step, 1.0) for step in (1, 2, 4, 6, 8)]
+    found = read(tmp_path)
+    assert "gradient_norm/1.bias" not in found.Tags()["scalars"]
+    tags = [
+        tag for tag in found.Tags()["tensors"] if found.summary_metadata[tag].plugin_data.plugin_name == "histograms"
+    ]
+    assert sorted(tags) == ["gradients/0.weight", "parameters/0.weight", "parameters/1.bias"]
+    events = found.Tensors("parameters/0.weight")
+    assert [event.step for event in events] == [1, 4, 8]
+    buckets = make_ndarray(events[0].tensor_proto)
+    assert buckets.shape == (30, 3) and buckets.dtype == np.float64
+    assert (buckets[0, 0], buckets[-1, 1], buckets[:, 2].sum()) == (3.0, 4.0, 2.0)
+
+
+def test_what_nobody_asked_for_is_not_looked_at(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.start(logged.start())
+    board.look({"w": "not even a tensor"}, logged.report(1))  # type: ignore[dict-item]
+    board.stop(logged.stop(1))
+    assert read(tmp_path).Tags()["scalars"] == []
+
+
+def test_a_gradient_that_is_not_finite_is_a_gap_in_its_charts(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, histograms=1, layer_norms=1)
+    board.start(logged.start())
+    held = parameters()
+    assert held["0.weight"].grad is not None
+    for window, value in ((1, 0.8), (2, math.nan), (3, 0.8)):
+        held["0.weight"].grad[1] = value
+        board.look(held, logged.report(window))
+    board.stop(logged.stop(3))
+    assert scalars(tmp_path, "gradient_norm/0.weight") == [(1, 1.0), (3, 1.0)]
+    assert [event.step for event in read(tmp_path).Tensors("gradients/0.weight")] == [1, 3]
+    assert [event.step for event in read(tmp_path).Tensors("parameters/0.weight")] == [1, 2, 3]
+    assert scalars(tmp_path, "gradient/nonfinite") == [(2, 1.0), (3, 1.0)]
 
 
 def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:

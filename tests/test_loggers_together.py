@@ -1,56 +1,48 @@
-"""All loggers as one: each hears what it has a method for."""
-
-from typing import Any
-
 import pytest
 import torch
+from runs import MSE, QUIET, rows
+from torch import nn
 
-from trainer import Trainer
-from trainer.errors import ConfigError
+from trainer import ConfigError, Trainer
 from trainer.loggers.together import Together
+from trainer.optim import sgd
 
 
-class Heard:
-    """Hears evaluations and the end, and nothing else."""
+class Looks:
+    """A logger of a user's own that looks at gradients, and hears of steps."""
 
     def __init__(self) -> None:
-        self.events: list[str] = []
+        self.heard: list[str] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
 
-    def evaluate(self, event: Any, model: Any) -> None:
-        self.events.append("evaluate")
+    def look(self, parameters, report) -> None:
+        self.heard.append(f"look {report.clocks['steps']}")
+        self.gradients.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
 
-    def stop(self, event: Any) -> None:
-        self.events.append("stop")
-
-
-def test_a_logger_may_leave_events_out() -> None:
-    heard = Heard()
-    model = torch.nn.Linear(1, 1)
-    rows = (torch.ones(4, 1),)
-    Trainer(
-        model,
-        lambda model, batch: model(batch[0]).square().mean(),
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        data=rows,
-        evaluation_data=rows,
-        epochs=2,
-        console=False,
-        loggers=[heard],
-    ).fit()
-    assert heard.events == ["evaluate", "evaluate", "stop"]
+    def step(self, report, seconds) -> None:
+        self.heard.append(f"step {report.clocks['steps']}")
 
 
-def test_an_object_that_listens_to_nothing_is_refused() -> None:
+@pytest.mark.parametrize("clip_norm", [None, 0.25])
+def test_a_logger_may_look_at_the_gradient_that_the_step_was_taken_with(clip_norm) -> None:
+    looks = Looks()
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    data = rows(6)
+    loss = nn.functional.mse_loss(model(data[0]), data[1])
+    expected = dict(zip(("weight", "bias"), torch.autograd.grad(loss, tuple(model.parameters())), strict=True))
+    if clip_norm is not None:
+        norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+        assert norm > clip_norm
+        expected = {name: gradient * clip_norm / norm for name, gradient in expected.items()}
+    settings = {**QUIET, "batch_size": 6, "shuffle": False, "steps": 3, "log_every": 2, "clip_norm": clip_norm}
+    Trainer(model, MSE, sgd(model.parameters(), lr=0.1), data=data, loggers=[looks], **settings).fit()
+    assert looks.heard == ["look 1", "step 1", "look 2", "step 2", "look 3", "step 3"]
+    assert set(looks.gradients[0]) == {"weight", "bias"}
+    for name, gradient in looks.gradients[0].items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_logger_that_hears_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="the logger object listens to nothing: give it one of start, step"):
         Together([object()])
-
-
-def test_every_logger_is_stopped_and_the_first_error_is_raised() -> None:
-    class Failing(Heard):
-        def stop(self, event: Any) -> None:
-            raise ValueError(f"after {self.events}")
-
-    heard = Heard()
-    with pytest.raises(ValueError, match="after"):
-        Together([Failing(), heard]).stop(None)  # type: ignore[arg-type]
-    assert heard.events == ["stop"]

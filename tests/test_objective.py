@@ -6,7 +6,8 @@ from reference import cut, farthest, mlp, rows
 from torch import Tensor, nn
 
 from trainer import ConfigError, Cotangents, ObjectiveError, Step, Sum, supervised
-from trainer.gradient.objective import Weigher, terms_of
+from trainer.gradient.objective import terms_of
+from trainer.gradient.weigher import Weigher
 from trainer.optim import Manual
 
 DATA = rows(9)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from trainer import ConfigError, Step, Sum, supervised
 from trainer.distributed.ranks import OneProcess
-from trainer.gradient.objective import Term, Weigher
+from trainer.gradient.objective import Term
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.seeds import _SEEDS
+from trainer.gradient.weigher import Weigher
 from trainer.optim import Manual
 from trainer.settings import GradientSettings
 

@@ -1,10 +1,12 @@
 """What pyproject.toml and constraints.txt promise: all packages and YAML in the wheel, all dependencies pinned."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -34,25 +36,101 @@ def test_the_list_of_packages_is_the_folders() -> None:
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders
 
 
-def test_a_wheel_holds_every_file_and_works(tmp_path: Path) -> None:
-    project = tmp_path / "project"
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the project as it is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    project = folder / "project"
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project)
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path)]
-    built = subprocess.run([*pip, str(project)], capture_output=True, text=True, timeout=120)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
+    built = subprocess.run([*pip, str(project)], capture_output=True, text=True, timeout=240)
     assert built.returncode == 0, built.stdout + built.stderr
-    with zipfile.ZipFile(next(tmp_path.glob("gradtrainer-*.whl"))) as wheel:
-        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        commands = wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
-        wheel.extractall(tmp_path / "installed")
+    return next(folder.glob("gradtrainer-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command `trainer` of an environment of its own that has the wheel, and sees the packages it needs.
+
+    A .pth file shows it the folder of these packages; what .pth files in there point to, this checkout among it, it
+    does not see.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=240)
+    inside = "Scripts" if os.name == "nt" else "bin"
+    python = folder / inside / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-I", "-c", where], capture_output=True, text=True, check=True).stdout.strip()
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "-q"]
+    done = subprocess.run([*pip, str(wheel)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (Path(site) / "needed.pth").write_text("\n".join(sorted(packages)))
+    return folder / inside / "trainer"
+
+
+def test_a_wheel_holds_every_file(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        names = {name for name in opened.namelist() if ".dist-info/" not in name}
+        commands = opened.read(next(name for name in opened.namelist() if name.endswith("entry_points.txt"))).decode()
     assert names == sources()
     assert commands.split() == ["[console_scripts]", "trainer", "=", "trainer.cli:main"]
+
+
+MY_RECIPE = """# @package _global_
+# trainer train --config-dir my_recipes recipe=mine
+description: a line through my points
+model: {_target_: my_model.Line}
+objective: {_target_: torch.nn.MSELoss}
+metrics: {_target_: my_model.error, _partial_: true}
+data: {source: {_target_: my_model.points}, batch_size: 8}
+optimizer: {lr: 0.1}
+limits: {epochs: 20}
+"""
+MY_MODEL = """
+import torch
+from trainer import Split, Sum
+
+class Line(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+def points():
+    x = torch.linspace(-1, 1, 64).reshape(64, 1)
+    return Split(train=(x, 2 * x + 1), evaluation=(x, 2 * x + 1))
+
+def error(model, micro_batch):
+    inputs, targets = micro_batch
+    return {"error": Sum((model(inputs) - targets).abs().sum(), len(inputs))}
+"""
+
+
+def test_the_installed_wheel_runs_recipes_and_ones_own_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def run(*words: str) -> str:
+        command = [str(installed), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+        return done.stdout
+
     code = "import trainer, trainer.configs, trainer.recipes; print(trainer.__file__, trainer.recipes.__file__)"
-    bare = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); {code}"]
-    files = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120).stdout.split()
-    assert [Path(file).is_relative_to(tmp_path / "installed") for file in files] == [True, True]
+    python = [str(installed.with_name("python")), "-c", code]
+    files = subprocess.run(python, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert [Path(file).is_relative_to(installed.parents[1]) for file in files.split()] == [True, True]
+    recipes = (ROOT / "configs" / "recipe").glob("*.yaml")
+    assert [line.split()[0] for line in run("recipes").splitlines()] == sorted(path.stem for path in recipes)
+    assert "No straight line parts XOR" in run("train", "recipe=xor", "limits.epochs=3")
+    for own in (tmp_path / "my_recipes", tmp_path / "my_recipes" / "recipe"):
+        own.mkdir()
+    (tmp_path / "my_recipes" / "recipe" / "mine.yaml").write_text(MY_RECIPE)
+    (tmp_path / "my_recipes" / "my_model.py").write_text(MY_MODEL)
+    said = run("train", "--config-dir", "my_recipes", "recipe=mine", "run=a")
+    assert float(re.findall(r"last evaluation: .*error ([\d.e-]+)", said)[0]) < 0.2
+    assert (tmp_path / "outputs" / "mine" / "a" / "model.safetensors").exists()
 
 
 def pins() -> dict[str, str]:

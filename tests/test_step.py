@@ -591,3 +591,15 @@ def test_a_step_that_was_cut_off_inside_the_optimizer_is_not_gone_on_from() -> N
     for again in (lambda: step([torch.ones(3, 2)]), lambda: step.accumulate(torch.ones(3, 2)), step.state_dict):
         with pytest.raises(GradientError, match="cut off while its parameters were being changed"):
             again()
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_that_somebody_looks_at_the_norm_changes_nothing(norms: bool) -> None:
+    """A norm that overflows float32 decides where it clips, not where it is only read."""
+    parameter = torch.zeros(4, requires_grad=True)
+    model = type("Plain", (), {})()
+    model.weight = parameter
+    step = Step(model, lambda model, batch: (model.weight * 1e25).sum(), Manual([parameter], lr=1e-25))
+    report = step([torch.ones(1)], norms=norms)
+    assert not report.skipped
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), -1.0))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from runs import MSE, QUIET, bits, error, rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from trainer import ConfigError, DivergedError, Sum, Trainer
@@ -182,9 +183,9 @@ def test_zero_grad() -> None:
 
 @tries("clip_norm", "clip_value")
 def test_clip_norm_and_clip_value() -> None:
-    _, hears = free = made()
-    free[0].fit()
-    assert all(norm is None and factor is None for norm, factor, _ in hears.norms)
+    trainer, hears = made()
+    trainer.fit()
+    assert all(norm > 0.01 and factor is None for norm, factor, _ in hears.norms)
     trainer, hears = made(clip_norm=0.01)
     trainer.fit()
     for norm, factor, _ in hears.norms:
@@ -331,6 +332,21 @@ def test_log_every_and_log_clock() -> None:
     trainer, hears = made(log_every=6, log_clock="rows")
     trainer.fit()
     assert hears.steps == [1, 3, 5]
+
+
+@tries("log_axis", "layer_norms", "histograms")
+def test_what_tensorboard_shows(tmp_path) -> None:
+    shown = {"tensorboard": True, "log_axis": "rows", "layer_norms": 2, "histograms": 4}
+    made(folder=tmp_path, evaluation_data=rows(4), **shown)[0].fit()
+    found = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    assert [event.step for event in found.Scalars("loss/total")] == [2, 4, 6, 8, 10]
+    assert [event.step for event in found.Scalars("eval/loss")] == [10]
+    assert [event.step for event in found.Scalars("gradient_norm/weight")] == [2, 4, 8]
+    assert [event.step for event in found.Tensors("parameters/bias")] == [2, 8]
+    whole = zip(*(found.Scalars(f"gradient_norm/{name}") for name in ("weight", "bias")), strict=True)
+    norms = {event.step: event.value for event in found.Scalars("gradient/norm")}
+    for weight, bias in whole:
+        assert math.hypot(weight.value, bias.value) == pytest.approx(norms[weight.step], rel=1e-5)
 
 
 @tries("console", "tensorboard", "metrics_file")

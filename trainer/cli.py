@@ -3,7 +3,6 @@
 A wrong word is one sentence on stderr and exit code 2, before torch is imported.
 """
 
-import math
 import os
 import shlex
 import sys
@@ -57,6 +56,14 @@ def _main(words: list[str]) -> int:
 
         print(__version__)
         return 0
+    if words[0] in ("--completion", "--complete"):
+        from trainer.config import completion
+
+        if words[0] == "--complete":
+            print("".join(f"{line}\n" for line in completion.lines(words[1:])), end="")
+        else:
+            print(completion.script(words[1] if len(words) > 1 else "(no shell)"), end="")
+        return 0
     if words[0] in ("--shell-completion", "-sc", "--hydra-help", "--info", "-i"):
         words = ["train", *words]
     verb, *rest = words
@@ -90,7 +97,7 @@ def _with_hydra(verb: str, parser: Any, options: Any) -> int:
     for flag in ("resolve", "package"):
         if getattr(options, flag) and not options.cfg:
             raise ConfigError(f"--{flag} goes with --cfg: add --cfg job.")
-    from trainer.config import hydra_app
+    from trainer.config import hydra_app, sweep
 
     name = options.config_name or "train"
     with hydra_app.opened(options.config_dir) as (hydra, loader):
@@ -103,15 +110,17 @@ def _with_hydra(verb: str, parser: Any, options: Any) -> int:
         elif options.shell_completion:
             hydra_app.complete(hydra, name, options.overrides, tuple(help.VERBS))
         else:
-            jobs = Jobs(verb, options.config_dir)
+            jobs = Jobs(verb, options.config_dir, options.config_name)
             loader.check = jobs.check
             if hydra_app.sweeps(loader, name, options.overrides, options.multirun):
-                hydra_app.multirun(hydra, name, options.overrides, jobs.run)
-            else:
-                overrides = [*options.overrides, *(hydra_app.WRITE_NOTHING if verb == "eval" else ())]
-                config = hydra_app.compose(loader, name, overrides)
-                jobs.check(config)
-                hydra_app.run(loader, config, jobs.run)
+                config, done = hydra_app.multirun(hydra, name, options.overrides, jobs.run)
+                best = config.best
+                print("\n".join(sweep.summary(done, config.hydra.sweep.dir, best.metric, best.mode)))
+                return jobs.code or sweep.code(done)
+            overrides = [*options.overrides, *(hydra_app.WRITE_NOTHING if verb == "eval" else ())]
+            config = hydra_app.compose(loader, name, overrides)
+            jobs.check(config)
+            hydra_app.run(loader, config, jobs.run)
             return jobs.code
     return 0
 
@@ -119,10 +128,12 @@ def _with_hydra(verb: str, parser: Any, options: Any) -> int:
 class Jobs:
     """The jobs of one command: one, or those of a sweep. One that fails is said at once and hides no other."""
 
-    def __init__(self, verb: str, config_dir: Path | None) -> None:
+    def __init__(self, verb: str, config_dir: Path | None, config_name: str | None = None) -> None:
         self.verb = verb
-        self.config_dir = config_dir
         self.code = 0
+        self.config_dir = config_dir
+        named = ["--config-name", config_name] if config_name else []
+        self._where = [*named, *(["--config-dir", str(config_dir)] if config_dir else [])]
 
     def check(self, config: "DictConfig") -> None:
         """Everything that can be said of a config before torch is imported. Raises ConfigError."""
@@ -142,13 +153,16 @@ class Jobs:
         return config, door
 
     def run(self, composed: "DictConfig") -> float:
-        """What Hydra calls for each job. Returns the metric that `best` names, NaN where there is none."""
-        from trainer.config import hydra_app
+        """What Hydra calls for each job. Returns the metric that `best` names, Failed where there is none."""
+        from trainer.config import hydra_app, record
+        from trainer.config.sweep import Failed
 
         folder, number, overrides = hydra_app.this_job()
         prefix = "" if number is None else f"job {number}: "
         if number is not None:
             print(f"{prefix}{shlex.join(overrides)}", flush=True)
+            if any(word.startswith(("sweep=", "experiment=")) for word in overrides):
+                overrides.append("hydra.mode=RUN")  # or the words that run this job again would sweep again
         try:
             config, door = self._read(hydra_app.values(composed))
             from trainer import verbs
@@ -156,23 +170,27 @@ class Jobs:
             if self.verb == "eval":
                 value = verbs.evaluate(config, door)
             else:
-                value = verbs.train(config, door, folder, self._go_on(config.words, folder, overrides))
+                go_on = self._go_on(config.words, folder, overrides)
+                record.write(folder, config.plain, ["trainer", "train", *overrides, *self._where], go_on)
+                value = verbs.train(config, door, folder, go_on)
             if number is not None:
                 print(f"{prefix}{config.settings.best.metric} {value:g}", flush=True)
             return value
         except TrainerError as error:
             say(error, prefix)
-            self.code = self.code or error.exit_code
+            failed = Failed(str(error), error.exit_code)
         except BrokenPipeError:
             self.code = BROKEN_PIPE
+            return Failed("nobody reads any more", BROKEN_PIPE)
         except Exception as error:
             from trainer.config.traceback import print_users
 
             if number is not None:
                 print(f"{prefix}failed", file=sys.stderr)
             print_users(error)
-            self.code = self.code or USERS_OWN
-        return math.nan
+            failed = Failed(f"{type(error).__name__}: {error}", USERS_OWN)
+        self.code = self.code or failed.code
+        return failed
 
     def _go_on(self, words: "Words", folder: Path, overrides: list[str]) -> str:
         """The words that go on with this run. Its folder is found by its name where it lies in its usual place."""
@@ -180,5 +198,4 @@ class Jobs:
         own = [word for word in overrides if word.partition("=")[0] not in ("resume", "init")]
         if words.run is None:
             own.append(f"run={folder.name}" if folder.parent == usual else f"resume={folder.as_posix()}")
-        where = ["--config-dir", str(self.config_dir)] if self.config_dir else []
-        return shlex.join(["trainer", "train", *own, *where])
+        return shlex.join(["trainer", "train", *own, *self._where])

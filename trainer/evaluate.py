@@ -13,8 +13,9 @@ import torch
 from trainer import modes, rng
 from trainer.errors import ConfigError, DataError
 from trainer.gradient.explain import explain
-from trainer.gradient.objective import MEAN, Sum, Weigher, terms_of
+from trainer.gradient.objective import MEAN, Sum, terms_of
 from trainer.gradient.precision import autocast
+from trainer.gradient.weigher import Weigher
 from trainer.gradient.weights import host_number
 
 _MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {

@@ -9,7 +9,7 @@ from trainer.data.sources import Source, TensorSource
 from trainer.data.windows import FullWindow, Window, windows
 from trainer.errors import DataError
 from trainer.gradient.clocks import Clocks
-from trainer.gradient.objective import Weigher
+from trainer.gradient.weigher import Weigher
 
 
 class Feed:

@@ -229,5 +229,20 @@ def without_compiler() -> Iterator[None]:
             delattr(method, _MARK)
 
 
+def step(optimizer: Optimizer) -> None:
+    """`optimizer.step()`; where nothing of the caller's hangs on it, without the wrapper that imports the compiler."""
+    if "torch._dynamo" in sys.modules or not can_update_directly(optimizer):
+        optimizer.step()
+        return
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        optimizer.step()
+        return
+    bare: Any = _as_written(type(optimizer))
+    while hasattr(bare, "__wrapped__"):
+        bare = bare.__wrapped__
+    with torch.no_grad():
+        bare(optimizer)
+
+
 _NOT_COMPILED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 _MARK = "__dynamo_disable"

@@ -13,7 +13,7 @@ from trainer.checkpoint.run_state import BEST, LAST, RunState
 from trainer.data.sources import Source, source_of
 from trainer.device import device_of, placed
 from trainer.due import Due
-from trainer.errors import ConfigError, DivergedError, GradientError
+from trainer.errors import ConfigError, DivergedError, GradientError, TrainerError
 from trainer.evaluate import Evaluation, Metrics
 from trainer.feed import Feed
 from trainer.gradient.precision import width
@@ -91,7 +91,7 @@ class Trainer:
                 source_of(evaluation_data, self.settings.data, evaluation=True), self._device, dtype
             )
         self._evaluation = Evaluation(
-            objective,
+            self.step.objective,
             metrics,
             self.settings.evaluation.grad_mode,
             self.settings.gradient.coefficients,
@@ -141,7 +141,10 @@ class Trainer:
             keep = not (self.step.is_torn or isinstance(error, DivergedError))
             if keep:
                 self._feed.take_back()
-            self._stop("stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"stopped by {error!r}", keep)
+            name = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+            if isinstance(error, TrainerError):
+                self.go_on = None  # the same words would come to the same error
+            self._stop(f"stopped by {name}", keep)
             raise
         return self._stop(reason, keep=True)
 
@@ -170,7 +173,7 @@ class Trainer:
         reason = self._reached()
         while reason is None:
             for window in self._feed.windows():
-                report = self.last_report = self.step(window)
+                report = self.last_report = self.step(window, norms=log.is_near(clocks))
                 for tick in ticks:
                     tick()
                 if report._skipped is True:
@@ -187,6 +190,9 @@ class Trainer:
             reason = self._reached()
             if reason is None or self._feed.is_at_end():
                 self.state.next_epoch()
+                if report is not None and self._reached():
+                    self._log(report)  # the last step's line comes before what is evaluated after it
+                    report = None
                 if evaluate(clocks):
                     self._evaluated()
                 if save(clocks):
@@ -224,6 +230,7 @@ class Trainer:
         self._feed.look()
         if report._skipped is not True and report.skipped:
             self._skipped(report)
+        self._loggers.look(self.step.parameters.by_name, report)
         self._loggers.step(report, time.monotonic() - self._began)
 
     def _evaluate(self) -> tuple[dict[str, float], int]:
@@ -266,6 +273,7 @@ class Trainer:
             total_windows=summary.total_windows(self.settings, self._feed.source),
             clocks=self.step.clocks.as_dict(),
             resumed_from=resumed,
+            step_clock=self.settings.loggers.axis,
         )
 
     def _stop(self, reason: str, keep: bool) -> Stop:

@@ -122,6 +122,13 @@ class LoggerSettings:
     console: bool = setting(True, "a bar on a terminal, sparse lines on a pipe")
     tensorboard: bool = setting(True, "TensorBoard events in the run's folder")
     metrics: bool = setting(True, "metrics.jsonl in the run's folder", flat="metrics_file")
+    axis: Clock = setting("steps", "the clock on TensorBoard's axis", flat="log_axis")
+    layer_norms: int | None = setting(
+        None, "norm of each parameter and its gradient in TensorBoard, every so many ticks (null: none)", ge=1
+    )
+    histograms: int | None = setting(
+        None, "histograms of parameters and gradients in TensorBoard, every so many ticks (null: none)", ge=1
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -22,12 +22,13 @@ from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.explain import explain
-from trainer.gradient.objective import Objective, Weigher, not_differentiable, terms_of
+from trainer.gradient.objective import Objective, as_objective, not_differentiable, terms_of
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.parameters import Trained
 from trainer.gradient.precision import autocast, check_precision
 from trainer.gradient.report import Number, Report
 from trainer.gradient.verdict import Inspector
+from trainer.gradient.weigher import Weigher
 from trainer.gradient.zeroing import Aside, add_back, can_put_back, put_back, zero
 from trainer.optim.rates import Rates
 from trainer.optim.update import Update, as_optimizers
@@ -64,13 +65,13 @@ class Step:
         **toggles: Any,
     ) -> None:
         self.model = model
-        self.objective = objective
+        self.objective = as_objective(objective)
         self.optimizers = as_optimizers(optimizer)
         self.settings = step_settings(gradient, toggles)
         self.ranks: Ranks = ranks or OneProcess()
         self.clocks = Clocks()
         self.skips_in_a_row: int | Tensor = 0
-        self.weigher = Weigher(objective, count_rows)
+        self.weigher = Weigher(self.objective, count_rows)
         self.rates = Rates(schedule, self.optimizers)
         self._updates = [Update(one) for one in self.optimizers]
         self.parameters = Trained(model, self.optimizers)
@@ -177,8 +178,8 @@ class Step:
         factor = self._unscale(open_, gradients)  # unscale
         if self._aside or open_.apart():
             gradients = self.parameters.gradients()
-        norm_wanted = norm_wanted or self.settings.clip_norm is not None
-        bad, norm = self._inspector(open_, list(gradients.values()), factor, norm_wanted)  # inspect
+        clips = self.settings.clip_norm is not None
+        bad, norm = self._inspector(open_, list(gradients.values()), factor, norm_wanted or clips, clips)  # inspect
         size = (open_.micro_batches, open_.rows, open_.tokens)
         report = Report(open_.means, open_.weights(), self.settings.coefficients, size)
         if norm is not None:

@@ -87,6 +87,12 @@ def check_optimizers(optimizers: list[Any], states: list[Any], where: Path | str
     if len(optimizers) != len(states):
         raise CheckpointError(f"{where} holds {len(states)} optimizers, the run has {len(optimizers)}.")
     for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+        kind = state.get("kind")
+        if kind is not None and kind != type(optimizer).__name__:
+            raise CheckpointError(
+                f"{where} holds the state of {kind}, and the run's optimizer is {type(optimizer).__name__}: go on with "
+                "the optimizer that it was saved with, or take only the parameters from it (init=)."
+            )
         own = [len(group["params"]) for group in optimizer.param_groups]
         saved = [len(group["params"]) for group in state["param_groups"]]
         if own != saved:
@@ -101,7 +107,7 @@ def load_optimizers(optimizers: list[Any], states: list[Any], where: Path | str)
     check_optimizers(optimizers, states, where)
     with kernels.without_compiler():
         for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict({"state": state["state"], "param_groups": state["param_groups"]})
 
 
 def _check_shapes(optimizer: Any, state: Mapping[str, Any], index: int, where: Path | str) -> None:
@@ -129,7 +135,7 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
         raise CheckpointError(f"{type(optimizer).__name__} has no state_dict(): its state cannot be saved.")
     with kernels.without_compiler():
         state = optimizer.state_dict()
-    return {"state": state["state"], "param_groups": state["param_groups"]}
+    return {"kind": type(optimizer).__name__, "state": state["state"], "param_groups": state["param_groups"]}
 
 
 def save_finished_model(path: Path, model: Any, optimizers: Sequence[Any] = ()) -> None:

@@ -111,7 +111,10 @@ def _schedule(config: RunConfig, door: Door, optimizer: Any, train: Any) -> Any:
         return door.make(node, "schedule", "schedule", optimizer)
     target = door.find(node["_target_"], "schedule", "schedule")
     if node.get("total") is None and "total" in inspect.signature(target).parameters:
-        node = {**node, "total": ticks(config, str(node.get("clock", "steps")), train)}
+        total = ticks(config, str(node.get("clock", "steps")), train)
+        # A run of a few steps, as with debug=fast, is the beginning of a schedule that was made for a longer one.
+        parts = [node.get("warmup", 0), node.get("decay", 0)]
+        node = {**node, "total": max(total, sum(part for part in parts if isinstance(part, int)))}
     return door.make(node, "schedule", "schedule")
 
 

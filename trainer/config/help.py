@@ -66,7 +66,10 @@ def parser(verb: str | None) -> Parser:
     )
     made.add_argument("--run", "-r", action="store_true", help="run one job (this is what happens without a flag)")
     made.add_argument(
-        "--shell-completion", "-sc", action="store_true", help='tab completion: eval "$(trainer -sc install=bash)"'
+        "--shell-completion",
+        "-sc",
+        action="store_true",
+        help="Hydra's own tab completion (trainer's is in trainer --help)",
     )
     made.add_argument("--hydra-help", action="store_true", help="what Hydra says of itself")
     return made
@@ -77,6 +80,7 @@ def overview() -> str:
     return "\n".join(
         (
             "usage: trainer VERB [overrides]      flags and examples: trainer VERB --help",
+            'tab completion: eval "$(trainer --completion bash)" (or zsh; fish: trainer --completion fish | source)',
             "",
             *_section("verbs", VERBS.items()),
             *_section("recipes (recipe=NAME)", recipe_lines(None)),

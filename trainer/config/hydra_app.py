@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import schema
+from trainer.config import resolvers, schema
 from trainer.config.hydra_loader import Loader
 from trainer.config.sentences import Known, explain
+from trainer.config.sweep import Watched
 from trainer.errors import ConfigError
 
 WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null")
@@ -39,8 +41,7 @@ WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null")
 def register() -> None:
     """Tell Hydra the schema and the resolvers of the root config. Called again it changes nothing."""
     version.setbase("1.3")
-    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
-    OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True, use_cache=True)
+    resolvers.register()
     tree = schema.defaults()
     # A term's or a logger's name is the user's to choose: these two take new keys without a `+`.
     tree["gradient"]["coefficients"] = DictConfig({}, flags={"struct": False})
@@ -114,11 +115,50 @@ def run(loader: Loader, config: DictConfig, task: Callable[[DictConfig], Any]) -
     callbacks.on_run_end(config=config, config_name=config.hydra.job.config_name, job_return=job)
 
 
-def multirun(hydra: Hydra, name: str, overrides: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
-    """All jobs of a sweep, by the configured sweeper and launcher."""
-    words = [word for word in overrides if not word.startswith("hydra.mode=")]
+def multirun(
+    hydra: Hydra, name: str, overrides: Sequence[str], task: Callable[[DictConfig], Any]
+) -> tuple[DictConfig, list[tuple[Sequence[str], Any]]]:
+    """All jobs of a sweep, by the configured sweeper and launcher. Returns its config, and each job's words and value.
+
+    It is Hydra.multirun, but for the launcher: a sweeper like Optuna's keeps to itself what the jobs gave.
+    """
+    words = [*(word for word in overrides if not word.startswith("hydra.mode=")), "hydra.mode=MULTIRUN"]
     with _hydras_errors():
-        hydra.multirun(config_name=name, task_function=task, overrides=[*words, "hydra.mode=MULTIRUN"])
+        config = hydra.compose_config(name, words, run_mode=RunMode.MULTIRUN, with_log_configuration=True)
+        callbacks = Callbacks(config)
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+        callbacks.on_multirun_start(config=config, config_name=name)
+        with _watched_launchers() as launchers:
+            sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=task)
+        jobs = launchers[0].jobs
+        try:
+            sweeper.sweep(arguments=list(config.hydra.overrides.task))
+        except (ValueError, RuntimeError) as error:
+            # Optuna looks for the best job where none has a value, and its grid sampler stumbles over a last one that
+            # failed: the jobs that ran are to be seen all the same.
+            if not any(isnan(value) for _, value in jobs):
+                raise ConfigError(explain(error, words, lambda: Known({}, {}))) from error
+            if not all(isnan(value) for _, value in jobs):
+                print(f"the sweeper stopped: {' '.join(str(error).split())}", file=sys.stderr)
+        callbacks.on_multirun_end(config=config, config_name=name)
+    return config, jobs
+
+
+@contextmanager
+def _watched_launchers() -> Iterator[list[Watched]]:
+    """A sweeper that is made inside gets its launcher watched, wherever it keeps it."""
+    plugins: Any = Plugins.instance()
+    make, made = plugins.instantiate_launcher, []
+
+    def watched(**arguments: Any) -> Watched:
+        made.append(Watched(make(**arguments)))
+        return made[-1]
+
+    plugins.instantiate_launcher = watched
+    try:
+        yield made
+    finally:
+        del plugins.instantiate_launcher  # what is left in a singleton of Hydra's goes along to other processes
 
 
 @contextmanager
@@ -188,22 +228,3 @@ def complete(hydra: Hydra, name: str, words: Sequence[str], verbs: Sequence[str]
         hydra.shell_completion(config_name=name, overrides=list(words))
     except ValueError as error:
         raise ConfigError(f"{error}: write trainer -sc install=bash (or zsh, fish).") from None
-
-
-def _run_folder(outputs: str, recipe: str | None, run: str | None) -> str:
-    root = Path(outputs) / (recipe or "run")
-    return (root / str(run)).as_posix() if run is not None else _new(root, "").as_posix()
-
-
-def _sweep_folder(outputs: str, recipe: str | None) -> str:
-    return _new(Path(outputs) / (recipe or "several"), "sweep-").as_posix()
-
-
-def _new(root: Path, prefix: str) -> Path:
-    """A folder named by the time (no colon: Windows has none in names) that does not exist yet."""
-    name = f"{prefix}{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    number = 2
-    folder = root / name
-    while folder.exists():
-        folder, number = root / f"{name}-{number}", number + 1
-    return folder

@@ -15,13 +15,17 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config import schema
+from trainer.config import resolvers, schema
 from trainer.config.sentences import Known, already, explain
 from trainer.errors import ConfigError, TrainerError
 
 OVERLAYS = ("recipe", "experiment", "sweep", "debug")
 _MACHINE = (("local/default", "train"),)  # the file of one's own machine, where the root config takes it
-_OF_HYDRA = ("mode", "run", "sweep")  # and sweeper.params: what a file that is not the user's own may say of Hydra
+_OF_HYDRA = ("mode", "run", "sweep")  # and these: what a file that is not the user's own may say of Hydra
+_OF_PLUGINS = {
+    "sweeper": ("params", "n_trials", "n_jobs", "direction", "max_failure_rate"),
+    "launcher": ("n_jobs", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "partition", "array_parallelism"),
+}
 
 
 class Loader(ConfigLoaderImpl):
@@ -57,6 +61,7 @@ class Loader(ConfigLoaderImpl):
             raise ConfigError(explain(error, overrides, self.known)) from None
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        resolvers.register()  # a launcher may have brought us into another process
         config = super().load_sweep_config(master_config, sweep_overrides)
         if self.check is not None:
             self.check(config)
@@ -76,7 +81,8 @@ class Loader(ConfigLoaderImpl):
                 "write trust=[PACKAGE] on the command line."
             )
         if not shipped:
-            _leaves_hydra_alone(path, result.config)
+            if result.provider != "main":  # those are the package's own: its sweeps choose plugins
+                _leaves_hydra_alone(path, result.config)
             if path.split("/")[0] in OVERLAYS:
                 self._yield_to_choices(repo, path, result.config)
         return result
@@ -126,12 +132,22 @@ def _leaves_hydra_alone(path: str, config: DictConfig) -> None:
     """Hydra calls what its own node names (launchers, callbacks, log handlers): a recipe must not."""
     node = config.get("hydra") or {}
     for key in node:
-        if key not in _OF_HYDRA and not (key == "sweeper" and set(node[key]) <= {"params"}):
+        if key not in _OF_HYDRA and not _is_plain(node[key], _OF_PLUGINS.get(str(key), ())):
+            plain = [f"{name}.{word}" for name, words in _OF_PLUGINS.items() for word in words]
             raise ConfigError(
-                f"{path}.yaml sets hydra.{key}, where it may only set {', '.join(_OF_HYDRA)} and sweeper.params: "
-                "set it on the command line or in your own root config."
+                f"{path}.yaml sets hydra.{key}, where it may only set {', '.join((*_OF_HYDRA, *plain))} "
+                "(plain values): set it on the command line or in your own root config."
             )
     # The sweeper's parameters become words like those of the command line, and must not say what only that may say.
     for word in OmegaConf.select(config, "hydra.sweeper.params") or ():
         if not re.fullmatch(r"\+{0,2}(?!trust\b|hydra\b)[A-Za-z_][\w./@:]*", str(word)):
             raise ConfigError(f"{path}.yaml sweeps over '{word}', which only you can say: do it on the command line.")
+
+
+def _is_plain(node: Any, allowed: Sequence[str]) -> bool:
+    """Whether a node has only these keys, with numbers and words: nothing Hydra would build, no pointer to such."""
+    return isinstance(node, DictConfig) and all(
+        key in allowed
+        and (key == "params" or not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_config(node._get_node(key))))
+        for key in map(str, node)
+    )

@@ -24,6 +24,12 @@ def explain(error: BaseException, overrides: Sequence[str], known: Callable[[], 
         return f"'{override}' is not understood: write key=value, +key=value or ~key, and close brackets and quotes."
     options = getattr(error, "options", None)
     missing = getattr(error, "missing_cfg_file", None)
+    plugin = re.search(r"hydra/(?:sweeper|launcher)/(optuna|joblib|submitit)", missing or "")
+    if plugin:
+        return (
+            f"{missing} comes with a plugin of Hydra's that is not installed: "
+            f"write pip install 'gradtrainer[{plugin[1]}]', then the same command again."
+        )
     if options is not None and missing:
         group, _, name = missing.rpartition("/")
         return f"there is no {group} '{name}': {did_you_mean(name, options)}"

@@ -223,6 +223,8 @@ def source_of(data: Any, settings: DataSettings, evaluation: bool = False) -> So
         return data
     if type(data) is TensorDataset:
         data = data.tensors
+    if isinstance(data, tuple) and any(_is_array(item) for item in data):
+        raise DataError("the data holds numpy arrays: give tensors of them (torch.from_numpy(array)).")
     if isinstance(data, Tensor):
         data = (data,)
     if isinstance(data, tuple) and data and all(isinstance(item, Tensor) for item in data):
@@ -258,6 +260,10 @@ _SOURCES = (TensorSource, DatasetSource, IterableSource)
 def _is_batches(data: Any) -> bool:
     """A list of micro-batches, rather than a dataset of rows, is iterated as it is."""
     return isinstance(data, list | tuple)
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "shape")
 
 
 def _empty(rows: int, batch_size: int, drop_last: bool) -> str:

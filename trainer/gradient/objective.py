@@ -8,18 +8,19 @@ An objective maps (model, micro-batch) to what is differentiated and its weight.
 - a mapping from names to any of these.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import kernels
-from trainer.errors import ConfigError, ObjectiveError, did_you_mean
+from trainer.errors import ConfigError, ObjectiveError
 from trainer.gradient.report import FREE_READS, Number
-from trainer.gradient.weights import Counter, counter_of, first_tensor, host_number
+from trainer.gradient.weights import Counter, counter_of, host_number
 
 MEAN = "loss"
 """The name of the one term of an objective that names none."""
@@ -90,20 +91,20 @@ def terms_of(outcome: Any, objective: Any) -> list[Term]:
         return [_term(MEAN, outcome, objective)]
     if isinstance(outcome, Mapping):
         if not outcome:
-            raise ObjectiveError(f"{_who(objective)} returned an empty mapping: name at least one term.")
+            raise ObjectiveError(f"{who(objective)} returned an empty mapping: name at least one term.")
         return [_term(str(name), answer, objective) for name, answer in outcome.items()]
     if outcome is None:
         raise ObjectiveError(
-            f"{_who(objective)} returned None: return the loss (a scalar tensor, Sum(total, weight) or a mapping of "
+            f"{who(objective)} returned None: return the loss (a scalar tensor, Sum(total, weight) or a mapping of "
             "names to them) and leave backward to the step."
         )
     if isinstance(outcome, tuple | list):
         raise ObjectiveError(
-            f"{_who(objective)} returned a bare {type(outcome).__name__}: write Sum(total, weight) for a total with "
+            f"{who(objective)} returned a bare {type(outcome).__name__}: write Sum(total, weight) for a total with "
             'its weight, or {"name": loss, "other": loss} for several terms.'
         )
     raise ObjectiveError(
-        f"{_who(objective)} returned {type(outcome).__name__}: return a scalar tensor, Sum(total, weight), "
+        f"{who(objective)} returned {type(outcome).__name__}: return a scalar tensor, Sum(total, weight), "
         "Cotangents(outputs, vector) or a mapping of names to them."
     )
 
@@ -112,25 +113,25 @@ def _term(name: str, answer: Any, objective: Any) -> Term:
     if isinstance(answer, Tensor):
         if answer.dim() and answer.numel() != 1:
             raise ObjectiveError(
-                f"{_who(objective)} returned a tensor of shape {tuple(answer.shape)} for '{name}': reduce it to a "
+                f"{who(objective)} returned a tensor of shape {tuple(answer.shape)} for '{name}': reduce it to a "
                 "scalar, or give the vector that backward starts from: Cotangents(outputs, vector)."
             )
         _check_real(name, answer, objective)
         return Term(name, answer)
     if isinstance(answer, Sum):
         if not isinstance(answer.total, Tensor) or answer.total.numel() != 1:
-            raise ObjectiveError(f"{_who(objective)}: the total of '{name}' is no scalar tensor.")
+            raise ObjectiveError(f"{who(objective)}: the total of '{name}' is no scalar tensor.")
         _check_real(name, answer.total, objective)
-        return Term(name, answer.total, _weight(name, answer.weight, objective))
+        return Term(name, answer.total, checked_weight(name, answer.weight, objective))
     if isinstance(answer, Cotangents):
         if answer.outputs.shape != answer.vector.shape:
             raise ObjectiveError(
-                f"{_who(objective)}: the outputs of '{name}' have shape {tuple(answer.outputs.shape)}, its vector "
+                f"{who(objective)}: the outputs of '{name}' have shape {tuple(answer.outputs.shape)}, its vector "
                 f"{tuple(answer.vector.shape)}: they must be equal."
             )
-        return Term(name, answer.outputs, _weight(name, answer.weight, objective), answer.vector)
+        return Term(name, answer.outputs, checked_weight(name, answer.weight, objective), answer.vector)
     raise ObjectiveError(
-        f"{_who(objective)} returned {type(answer).__name__} for '{name}': return a scalar tensor, "
+        f"{who(objective)} returned {type(answer).__name__} for '{name}': return a scalar tensor, "
         "Sum(total, weight) or Cotangents(outputs, vector)."
     )
 
@@ -138,18 +139,20 @@ def _term(name: str, answer: Any, objective: Any) -> Term:
 def _check_real(name: str, value: Tensor, objective: Any) -> None:
     if value.is_complex():
         raise ObjectiveError(
-            f"{_who(objective)} returned a complex number for '{name}': return a real one (abs, .real)."
+            f"{who(objective)} returned a complex number for '{name}': return a real one (abs, .real)."
         )
 
 
-def _weight(name: str, weight: Any, objective: Any) -> Number:
+def checked_weight(name: str, weight: Any, objective: Any) -> Number:
+    """A weight as a number. Raises ObjectiveError where it is negative or not finite."""
     number = host_number(weight)
     if isinstance(number, float) and not 0.0 <= number < math.inf:
-        raise ObjectiveError(f"{_who(objective)}: the weight of '{name}' is {number}: it must be finite, zero or more.")
+        raise ObjectiveError(f"{who(objective)}: the weight of '{name}' is {number}: it must be finite, zero or more.")
     return number
 
 
-def _who(objective: Any) -> str:
+def who(objective: Any) -> str:
+    """The objective by name, for a sentence."""
     name = getattr(objective, "__qualname__", None) or type(objective).__qualname__
     return f"the objective {name}"
 
@@ -220,72 +223,23 @@ def supervised(loss: Callable[..., Tensor]) -> Supervised:
     return Supervised(loss, counter_of(loss))
 
 
+def as_objective(objective: Any) -> Any:
+    """The objective itself; one that is a loss of torch is taken as `supervised(loss)`, which is what is meant."""
+    inner = objective
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    is_loss = isinstance(inner, nn.modules.loss._Loss) or getattr(inner, "__module__", "") == "torch.nn.functional"
+    return supervised(objective) if is_loss else objective
+
+
 def _loss_name(loss: Any) -> str:
     return getattr(loss, "__name__", None) or type(loss).__name__
-
-
-class Weigher:
-    """How much each micro-batch counts, before its forward where the data alone tells it.
-
-    Args:
-        objective: its methods `weight(micro_batch)` and `tokens(micro_batch)` are used where it has them.
-        count_rows: rows of a micro-batch; None: the first dimension of the first tensor found in it.
-    """
-
-    def __init__(self, objective: Any, count_rows: Callable[[Any], int] | None = None) -> None:
-        self._objective = objective
-        self._declared: Callable[[Any], Any] | None = getattr(objective, "weight", None)
-        if self._declared is not None and not callable(self._declared):
-            raise ConfigError(f"{_who(objective)} has a 'weight' that cannot be called with a micro-batch.")
-        self._full: Callable[[Any], Number] | None = getattr(objective, "full_weight", None)
-        self._tokens: Callable[[Any], int] | None = getattr(objective, "tokens", None)
-        self.counts_tokens = self._tokens is not None
-        self._count_rows = count_rows
-        self.declares = self._declared is not None
-        self.names_weights = False
-        """Whether the objective tells a weight for each term by name, seen once it was asked."""
-
-    def rows(self, micro_batch: Any) -> int:
-        if self._count_rows is not None:
-            return int(self._count_rows(micro_batch))
-        tensor = micro_batch[0] if type(micro_batch) is tuple else None
-        if type(tensor) is not Tensor:
-            tensor = first_tensor(micro_batch)
-        shape = tensor.shape
-        return shape[0] if shape else 1
-
-    def leaves_nothing_out(self, data: tuple[Tensor, ...]) -> bool:
-        """Whether every target of the data counts, so that its micro-batches need not be looked at one by one."""
-        if self._full is None or self._declared is None or len(data) != 2:
-            return False
-        return bool(self._declared(data) == self._full(data))
-
-    def tokens(self, micro_batch: Any) -> int:
-        return 0 if self._tokens is None else int(self._tokens(micro_batch))
-
-    def mean_weight(self, name: str, micro_batch: Any, full: bool = False) -> Number:
-        """What a mean named so counts in this micro-batch; `full` says that nothing in it is left out."""
-        if full and self._full is not None:
-            return self._full(micro_batch)
-        if self._declared is None:
-            return float(self.rows(micro_batch))
-        return self._named(name, self._declared(micro_batch))
-
-    def _named(self, name: str, weight: Any) -> Number:
-        if type(weight) is not float and isinstance(weight, Mapping):
-            self.names_weights = True
-            if name not in weight:
-                raise ObjectiveError(
-                    f"the objective's weight(micro_batch) does not name '{name}': {did_you_mean(name, weight)}"
-                )
-            weight = weight[name]
-        return _weight(name, weight, self._objective)
 
 
 def not_differentiable(term: Term, objective: Any) -> ObjectiveError:
     """The error for a value that no parameter can get a gradient from."""
     hint = " (gradients are switched off here)" if not torch.is_grad_enabled() else ""
     return ObjectiveError(
-        f"{_who(objective)} returned a value for '{term.name}' without a graph{hint}: no parameter that requires "
+        f"{who(objective)} returned a value for '{term.name}' without a graph{hint}: no parameter that requires "
         "a gradient took part, or it was cut by detach(), item(), argmax() or no_grad()."
     )

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from trainer.distributed.ranks import Ranks
 from trainer.errors import ConfigError, ObjectiveError, did_you_mean
-from trainer.gradient.objective import Term, Weigher
+from trainer.gradient.objective import Term
 from trainer.gradient.report import Number
 from trainer.gradient.seeds import seed_of
 from trainer.gradient.term_sum import TermSum
+from trainer.gradient.weigher import Weigher
 from trainer.gradient.weights import host_number, power_of_two
 from trainer.settings import GradientSettings
 

@@ -32,15 +32,18 @@ class Inspector:
         self._one = torch.ones((), device=device)
 
     def __call__(
-        self, window: OpenWindow, gradients: Sequence[Tensor], factor: Number, norm_wanted: bool
+        self, window: OpenWindow, gradients: Sequence[Tensor], factor: Number, norm_wanted: bool, norm_decides: bool
     ) -> tuple[bool | Tensor, Number | None]:
         """(whether the step must be skipped, the norm of the gradients as they are).
 
-        `factor` is what they will still be multiplied with: a norm that overflows with it is not finite.
+        `factor` is what they will still be multiplied with: a norm that overflows with it is not finite. It decides
+        only where the gradient is clipped by it: that somebody looks at a norm must not change what is trained.
         """
         norm = norms.norm(gradients) if norm_wanted else None
         if self.reads:
-            return (not self._allow and self._ranks.any_flag(self._is_bad(window, gradients, factor, norm))), norm
+            return (
+                not self._allow and self._ranks.any_flag(self._is_bad(window, gradients, factor, norm, norm_decides))
+            ), norm
         nothing = window.weighs_nothing_on(self._device)
         if self._allow:
             return False if nothing is None else nothing, norm
@@ -50,15 +53,20 @@ class Inspector:
         norms.nonfinite([*gradients, *([torch.stack(losses)] if losses else [])], found, self._one)
         if nothing is not None:
             found = torch.maximum(found, nothing)
-        if norm is not None:
+        if norm is not None and norm_decides:
             found = torch.maximum(found, (~torch.as_tensor(norm, device=self._device).isfinite()).to(found))
         return found, norm
 
-    def _is_bad(self, window: OpenWindow, gradients: Sequence[Tensor], factor: Number, norm: Number | None) -> bool:
+    def _is_bad(
+        self, window: OpenWindow, gradients: Sequence[Tensor], factor: Number, norm: Number | None, norm_decides: bool
+    ) -> bool:
         if not window.losses_are_finite:
             return True
         if norm is not None:
-            return not math.isfinite(norm * factor)
+            if math.isfinite(norm * factor):
+                return False  # then so is every number in it
+            if norm_decides:
+                return True
         norms.nonfinite(gradients, self._found, self._one)
         if self._found.item() == 0.0:
             return False

@@ -16,7 +16,14 @@ def chosen(settings: LoggerSettings, folder: Path | None) -> list[Logger]:
     if folder is not None and settings.tensorboard:
         from trainer.loggers.tensorboard import TensorBoard
 
-        loggers.append(TensorBoard(folder))
+        loggers.append(
+            TensorBoard(
+                folder,
+                histograms=settings.histograms,
+                layer_norms=settings.layer_norms,
+                clock=settings.clock,
+            )
+        )
     if folder is not None and settings.metrics:
         from trainer.loggers.metrics import Metrics
 

@@ -13,6 +13,8 @@ from trainer.loggers.screen import Allowance, Pace, Screen
 
 DRAW_EVERY = 0.1
 """Seconds between two moves of the bar."""
+DRAW_EVERY_IN_A_NOTEBOOK = 0.5
+"""The same where each move stays in a file, as a notebook's output does."""
 POSTFIX_EVERY = 0.3
 """Seconds between two readings of loss, norm and rate behind the bar."""
 SKIPS_IN_FULL = 3
@@ -23,8 +25,8 @@ EVALUATIONS_AT_ONCE = 20
 class Console:
     """Writes to the stream (None: what sys.stdout is at the start).
 
-    On a terminal a bar counts windows; elsewhere step lines come at the first report, after 2 s, and then ever more
-    seldom, up to one a minute. Nothing is written, and nothing fails, once nobody reads any more.
+    On a terminal and in a notebook a bar counts windows; elsewhere step lines come at the first report, after 2 s,
+    and then ever more seldom, up to one a minute. Nothing is written, and nothing fails, once nobody reads any more.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -40,6 +42,7 @@ class Console:
         self._drawn = 0
         self._stride = 1
         self._next_draw = 0.0
+        self._draw_every = DRAW_EVERY
         self._next_postfix = 0.0
         self._rate = Rate(clocks)
         self._evaluating = 0.0
@@ -66,6 +69,8 @@ class Console:
             screen.line(f"writes to {event.folder}")
         for note in event.notes:
             screen.line(screen.paint(f"note: {note}", "yellow"))
+        if screen.notebook:
+            self._draw_every = DRAW_EVERY_IN_A_NOTEBOOK
         if screen.terminal:
             self._ticks = 0
             self._bar = _bar(screen, event.total_windows, event.clocks.get("windows", 0))
@@ -85,7 +90,7 @@ class Console:
         if self._bar is not None:
             now = perf_counter()
             if now >= self._next_postfix:
-                self._next_postfix = now + POSTFIX_EVERY
+                self._next_postfix = now + max(POSTFIX_EVERY, self._draw_every)
                 self._bar.set_postfix_str(self._numbers(report, seconds), refresh=False)
                 self._draw()
         elif self._screen is not None and self._lines.due():
@@ -134,7 +139,8 @@ class Console:
         self._close_bar()
         if self._uncounted:
             self._count_skips()
-        screen.line(f"{screen.paint('stopped', 'bold')}: {event.reason}")
+        stopped, _, by = event.reason.partition("stopped by ")
+        screen.line(f"{screen.paint('stopped', 'bold')}{f' by {by}' if by else f': {stopped}'}")
         facts = [_count(event.clocks.get("steps", 0), "step"), _count(event.skips, "skip"), _seconds(event.seconds)]
         training = event.seconds - self._evaluating
         rows = event.clocks.get("rows", 0) - self._first.get("rows", 0)
@@ -150,7 +156,8 @@ class Console:
         for name, path in event.files.items():
             screen.line(f"  {name.ljust(width)}  {path}")
         if event.go_on is not None:
-            screen.line(f"go on with: {screen.paint(event.go_on, 'bold')}")
+            more = " a higher limit" if event.reason.endswith(" done") else ""
+            screen.line(f"go on with{more}: {screen.paint(event.go_on, 'bold')}")
         self._screen = None
 
     def _numbers(self, report: Report, seconds: float) -> str:
@@ -191,7 +198,7 @@ class Console:
             self._drawn = self._ticks
             self._stride = max(1, moved // 16)
             self._look_at = self._ticks + self._stride
-            self._next_draw = perf_counter() + DRAW_EVERY
+            self._next_draw = perf_counter() + self._draw_every
 
     def _close_bar(self) -> None:
         self._look_at = math.inf

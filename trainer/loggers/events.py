@@ -2,9 +2,11 @@
 
 `start`, `evaluate`, `skip` and `stop` come when they happen; `step` comes every so many ticks of the logging clock,
 so that what reads a device value is paid for seldom. A logger may also have `tick()`, called after every window
-without any value: what draws a bar needs no more. And it may have `flush()`, called before a checkpoint is saved: what
-it keeps in line must then be in its file, or a run killed later and resumed from there would miss it. Nothing else in
-the package prints.
+without any value: what draws a bar needs no more. It may have `look(parameters, report)`, called before `step`: the
+parameters under training by name, after the window's step, with their gradients as the optimizer left them (torch's
+leave the one that the step was taken with, clipped where it was). And it may have `flush()`, called before a checkpoint
+is saved: what it keeps in line must then be in its file, or a run killed later and resumed from there would miss it.
+Nothing else in the package prints.
 """
 
 from dataclasses import dataclass, field
@@ -51,7 +53,7 @@ class Evaluated:
     """Whether this is the best so far by `best.metric`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stop:
     """How the run ended."""
 
@@ -68,6 +70,13 @@ class Stop:
     """What lies where: {"model": …, "checkpoint": …, "best": …, "metrics": …, "tensorboard": …}."""
     go_on: str | None = None
     """The words that continue the run, where it can go on."""
+
+    def __repr__(self) -> str:
+        said = [f"{self.reason}: {self.clocks.get('steps', 0)} steps, {self.skips} skips, {self.seconds:.1f} s"]
+        said += [f"{name} {value:.4g}" for name, value in self.metrics.items()]
+        if self.best is not None:
+            said.append("best {} {:.4g} at step {}".format(*self.best))
+        return f"Stop({', '.join(said)})"
 
 
 class Logger(Protocol):

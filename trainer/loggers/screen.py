@@ -18,7 +18,8 @@ _NOBODY = {errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF, errno.EINVAL, errno
 class Screen:
     """Text goes out at once; where nobody reads any more (closed pipe, terminal gone) it is dropped.
 
-    `terminal` says whether lines can be drawn over. Colours are there only then, and never with NO_COLOR set.
+    `terminal` says whether lines can be drawn over: on a terminal, and in the output of a notebook's cell
+    (`notebook`). Colours are there only on a terminal, and never with NO_COLOR set.
     Characters that the stream's encoding lacks are replaced. Raises TrainerError where a disk refuses the text.
     It has of a text file what a tqdm bar needs, so that a bar can be drawn on it.
     """
@@ -27,9 +28,12 @@ class Screen:
         self._stream = stream
         self.encoding: str = getattr(stream, "encoding", None) or "utf-8"
         self.gone = False
-        self.terminal = self.isatty() and os.environ.get("TERM") != "dumb"
+        # A kernel's stdout is no terminal, but whoever shows a cell's output knows what \r means.
+        self.notebook = type(stream).__module__.startswith("ipykernel.")
+        is_terminal = self.isatty() and os.environ.get("TERM") != "dumb" and not self.notebook
+        self.terminal = is_terminal or self.notebook
         capable = os.name != "nt" or "WT_SESSION" in os.environ
-        self.colours = self.terminal and capable and "NO_COLOR" not in os.environ
+        self.colours = is_terminal and capable and "NO_COLOR" not in os.environ
 
     def paint(self, text: str, colour: str) -> str:
         """The text in a colour, or as it is where there are none."""
@@ -63,6 +67,8 @@ class Screen:
 
     def columns(self) -> int:
         """How wide the terminal is, or 0 where it does not say."""
+        if self.notebook:  # it would tell of the terminal that the notebook's server was started from
+            return 0
         try:
             return os.get_terminal_size(self.fileno()).columns
         except (OSError, ValueError, AttributeError):

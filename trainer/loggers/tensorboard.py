@@ -6,37 +6,57 @@ gains nothing under Python's lock.
 
 import math
 import time
+from collections.abc import Mapping
 from os import getpid
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from trainer.due import Due
 from trainer.errors import ConfigError, TrainerError
+from trainer.gradient.clocks import Clocks
 from trainer.gradient.report import Report
+from trainer.loggers import board, layers
 from trainer.loggers.events import Evaluated, Start, Stop
 from trainer.loggers.files import RecordFile, make_folder
+from trainer.loggers.memory import Memory
 from trainer.loggers.rate import Rate
 from trainer.loggers.records import record
 
 # TensorBoard keeps scalars as float32: what is beyond its range has no point in a chart.
 _LARGEST = 3.4028234663852886e38
 _PREFIX = "events.out.tfevents."
-_LAYOUT = {
-    "loss: training against evaluation": ["loss/total", "eval/loss"],
-    "gradient: norm": ["gradient/norm"],
-    "gradient: clip factor": ["gradient/clip_factor"],
-}
+_VARIANTS = 16
+"""So many sets of tags have an event of their own that is kept and filled in again."""
 
 
 class TensorBoard:
     """Writes an event file into the folder.
 
-    Tags: loss/, gradient/, optimizer/, clock/, time/ and eval/. The axis is the clock that `Start.step_clock` names.
+    Args:
+        folder: where the event file goes.
+        histograms: of parameters and gradients, every so many ticks of the clock (None: none).
+        layer_norms: the norm of each parameter and of its gradient, every so many ticks (None: none).
+        clock: the clock of these ticks; both come with the first report that is due.
+
+    Tags: eval/, gradient/, loss/, memory/ (MiB), optimizer/ and time/ (clocks and rates), and where asked for
+    gradient_norm/ and parameter_norm/ (scalars), gradients/ and parameters/ (histograms) with the parameters' names.
+    TensorBoard sorts them, and takes the first five for metrics of a sweep: so nothing comes before eval/. The axis is
+    the clock that `Start.step_clock` names; a clock that tells nothing beside it (zero, or the same count) has no tag.
     A value that is not finite is left out, a gap in its chart, and counted as `gradient/nonfinite`. Each start opens
     a new file that tells TensorBoard to forget what older files there hold after the step that the run goes on from.
     Raises ConfigError where the file cannot be opened, and TrainerError where writing fails.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        histograms: int | None = None,
+        layer_norms: int | None = None,
+        clock: str = "steps",
+    ) -> None:
         # Here, so that a run without TensorBoard does not pay for its import.
         from tensorboard.compat.proto.event_pb2 import Event
 
@@ -48,9 +68,15 @@ class TensorBoard:
         self._axis = "steps"
         self._rate = Rate({})
         self._skips = 0
-        self._tags: tuple[str, ...] = ()
-        self._event: Any = None
-        self._values: list[Any] = []
+        self._histograms = Due(histograms, clock, at_once=True)
+        self._layer_norms = Due(layer_norms, clock, at_once=True)
+        self._wants_norms = layer_norms is not None
+        self._looks = histograms is not None or layer_norms is not None
+        self._clocks_shown: set[str] = set()
+        self._memory: Memory | None = None
+        self._has_session = False
+        self._has_layout = False
+        self._events: dict[tuple[str, ...], tuple[Any, list[Any]]] = {}
 
     def start(self, event: Start) -> None:
         self._close()
@@ -58,12 +84,19 @@ class TensorBoard:
         self.path = self._file.path
         self._axis = event.step_clock
         self._rate = Rate(event.clocks)
+        self._memory = Memory(event.device)
+        self._clocks_shown = set()
+        self._has_layout = False
+        self._has_session = bool(event.config)
+        if self._looks:
+            for due in (self._histograms, self._layer_norms):
+                due.start(_as_clocks(event.clocks))
         self.nonfinite = 0
         self._skips = _skips(event.clocks)
         resumed = any(event.clocks.values())
         # TensorBoard forgets everything from this step on; what was written at the checkpoint's own step stays.
         begin = self._step_of(event.clocks) + 1 if resumed else 0
-        for head in _heads(self._new_event, begin, event.config):
+        for head in board.heads(self._new_event, begin, event.config):
             self._add(head)
         self._file.flush()
 
@@ -82,12 +115,39 @@ class TensorBoard:
         self._skips = _skips(clocks)
         scalars["gradient/skips"] = self._skips
         scalars["optimizer/lr"] = report.lr
-        for name, count in clocks.items():
-            scalars["clock/" + name] = count
+        scalars.update(self._told_by_clocks(clocks))
         rate = self._rate.measure(clocks, seconds)
         if rate is not None:
             scalars["time/steps_per_second"], scalars["time/rows_per_second"] = rate
+        if self._memory is not None:
+            for name, amount in self._memory.read().items():
+                scalars["memory/" + name] = amount
+        if not self._has_layout:
+            missing = {"gradient/norm": norm is None, "gradient/clip_factor": factor is None}
+            missing["gradient_norm/"] = not self._wants_norms
+            without = [tag for tag, is_missing in missing.items() if is_missing]
+            self._add(board.layout(self._new_event, self._step_of(clocks), without))
+            self._has_layout = True
         self._write(self._step_of(clocks), scalars)
+
+    def look(self, parameters: Mapping[str, Tensor], report: Report) -> None:
+        """Norms and histograms, where due, of the parameters and of their gradients as the optimizer left them."""
+        if not self._looks:
+            return
+        clocks = _as_clocks(report.clocks)
+        norms_due, histograms_due = self._layer_norms(clocks), self._histograms(clocks)
+        if not (norms_due or histograms_due):
+            return
+        step, gradients = self._step_of(report.clocks), layers.gradients_of(parameters)
+        if norms_due:
+            scalars = {f"gradient_norm/{name}": norm for name, norm in layers.each_norm(gradients).items()}
+            scalars |= {f"parameter_norm/{name}": norm for name, norm in layers.each_norm(parameters).items()}
+            self._write(step, scalars)
+        if histograms_due:
+            found = {f"gradients/{name}": layers.histogram(gradient) for name, gradient in gradients.items()}
+            found |= {f"parameters/{name}": layers.histogram(parameter) for name, parameter in parameters.items()}
+            there = {tag: buckets for tag, buckets in found.items() if buckets is not None}
+            self._add(board.histograms(self._new_event, step, there))
 
     def evaluate(self, event: Evaluated, model: Any = None) -> None:
         self._rate.pause(event.seconds)
@@ -101,6 +161,8 @@ class TensorBoard:
         try:
             if self._file is not None and _skips(event.clocks) != self._skips:
                 self._write(self._step_of(event.clocks), {"gradient/skips": _skips(event.clocks)})
+            if self._file is not None and self._has_session:
+                self._add(board.session_end(self._new_event, not event.reason.startswith("stopped by")))
         finally:
             self._close()
 
@@ -111,8 +173,21 @@ class TensorBoard:
 
     def _close(self) -> None:
         file, self._file = self._file, None
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
         if file is not None:
             file.close()
+
+    def _told_by_clocks(self, clocks: dict[str, int]) -> dict[str, float]:
+        """The clocks that say something which the axis, or another clock before them, does not say already."""
+        told = {"": 0, self._axis: clocks.get(self._axis, 0)}
+        for name in ("steps", *clocks):
+            count = clocks.get(name, 0)
+            if name not in told and (name in self._clocks_shown or count not in told.values()):
+                told[name] = count
+                self._clocks_shown.add(name)
+        return {f"time/{name}": count for name, count in told.items() if name not in ("", self._axis)}
 
     def _step_of(self, clocks: dict[str, int]) -> int:
         if self._axis not in clocks:
@@ -129,14 +204,17 @@ class TensorBoard:
         if self.nonfinite:
             scalars["gradient/nonfinite"] = self.nonfinite
         tags = tuple(scalars)
-        if tags != self._tags:
-            # An event is kept as long as its tags stay: filling it in takes a fifth of building it.
-            self._tags, self._event = tags, self._new_event()
-            self._values = [self._event.summary.value.add(tag=tag) for tag in tags]
-        for slot, value in zip(self._values, scalars.values(), strict=True):
+        if tags not in self._events:
+            # An event is kept as long as there are few sets of tags: filling it in takes a fifth of building it.
+            if len(self._events) >= _VARIANTS:
+                self._events.clear()
+            event = self._new_event()
+            self._events[tags] = event, [event.summary.value.add(tag=tag) for tag in tags]
+        event, values = self._events[tags]
+        for slot, value in zip(values, scalars.values(), strict=True):
             slot.simple_value = value
-        self._event.step = step
-        self._add(self._event)
+        event.step = step
+        self._add(event)
 
     def _add(self, event: Any) -> None:
         if self._file is None:
@@ -150,6 +228,12 @@ def _skips(clocks: dict[str, int]) -> int:
     return clocks.get("windows", 0) - clocks.get("steps", 0)
 
 
+def _as_clocks(counts: dict[str, int]) -> Clocks:
+    clocks = Clocks()
+    clocks.load_state_dict(counts)
+    return clocks
+
+
 def _open(folder: Path) -> RecordFile:
     """A new event file whose name sorts behind those that are there: that is the order in which TensorBoard reads."""
     make_folder(folder)
@@ -159,54 +243,3 @@ def _open(folder: Path) -> RecordFile:
         if stamp.isdecimal():
             seconds = max(seconds, int(stamp) + 1)
     return RecordFile(folder / f"{_PREFIX}{seconds:010d}.{getpid()}", new=True)
-
-
-def _heads(new_event: Any, begin: int, config: dict[str, Any]) -> list[Any]:
-    """What a file begins with: version, start, the config as text, the layout of the custom charts."""
-    from tensorboard.compat.proto.event_pb2 import SessionLog
-    from tensorboard.plugins.custom_scalar import layout_pb2
-    from tensorboard.plugins.custom_scalar import metadata as custom_metadata
-    from tensorboard.plugins.text import metadata as text_metadata
-
-    start = new_event(step=begin, session_log=SessionLog(status=SessionLog.START))
-    heads = [new_event(file_version="brain.Event:2"), start]
-    if config:
-        text = new_event(step=begin)
-        value = text.summary.value.add(
-            tag="config/text_summary", metadata=text_metadata.create_summary_metadata("config", "")
-        )
-        _fill(value.tensor, f"```yaml\n{_yaml(config)}```".encode())
-        heads.append(text)
-    charts = [
-        layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags]))
-        for title, tags in _LAYOUT.items()
-    ]
-    layout = new_event(step=begin)
-    value = layout.summary.value.add(
-        tag=custom_metadata.CONFIG_SUMMARY_TAG, metadata=custom_metadata.create_summary_metadata()
-    )
-    category = layout_pb2.Category(title="run", chart=charts)
-    _fill(value.tensor, layout_pb2.Layout(category=[category]).SerializeToString())
-    return [*heads, layout]
-
-
-def _fill(tensor: Any, text: bytes) -> None:
-    from tensorboard.compat.proto.types_pb2 import DT_STRING
-
-    tensor.dtype = DT_STRING
-    tensor.string_val.append(text)
-
-
-def _yaml(config: dict[str, Any]) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
-
-
-def _plain(value: Any) -> Any:
-    """The value in the types that YAML has; anything else as its text."""
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(value)

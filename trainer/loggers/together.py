@@ -21,13 +21,12 @@ class Together:
     def __init__(self, loggers: Sequence[Any]) -> None:
         self.loggers = list(loggers)
         for logger in self.loggers:
-            if not any(callable(getattr(logger, event, None)) for event in EVENTS):
+            if not any(callable(getattr(logger, event, None)) for event in (*EVENTS, "tick", "look")):
                 raise ConfigError(
                     f"the logger {type(logger).__name__} listens to nothing: give it one of {', '.join(EVENTS)}."
                 )
         self._listening = {
-            event: [logger for logger in self.loggers if callable(getattr(logger, event, None))]
-            for event in EVENTS
+            event: [logger for logger in self.loggers if callable(getattr(logger, event, None))] for event in EVENTS
         }
         self.ticks = [logger.tick for logger in self.loggers if hasattr(logger, "tick")]
         self._looks = [logger.look for logger in self.loggers if hasattr(logger, "look")]

@@ -112,13 +112,13 @@ class Update:
         """The optimizer's own step."""
         optimizer = self.optimizer
         if not is_fused(optimizer):
-            optimizer.step()
+            kernels.step(optimizer)
             return
         apart = [group for group in optimizer.param_groups if self._beyond_fused(group)]
         for group in apart:
             group["fused"] = False
         try:
-            optimizer.step()
+            kernels.step(optimizer)
         finally:
             for group in apart:
                 group["fused"] = True
