@@ -307,3 +307,25 @@ def test_the_module_and_its_version_as_a_process(here):
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", process("--version").stdout)
     found = process("train", "recipe=xor", "debug=fast", "loggers.console=false")
     assert found.returncode == 0 and "No straight line" in found.stdout and found.stderr == ""
+
+
+def test_ctrl_c_while_a_value_is_resolved_is_ctrl_c(here, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.config.schema.read", interrupted)
+    assert mine() == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C.\n"
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(here, capsys):
+    (here / "outputs").write_text("a file where the folder should be")
+    assert mine() == 5
+    said = capsys.readouterr().err
+    assert said.startswith("the run's folder outputs/mine/") and said.count("\n") == 1
+
+
+def test_the_words_to_go_on_are_those_that_were_typed(here, capsys, monkeypatch):
+    monkeypatch.setenv("TRAINER_COMMAND", "./scripts/train")
+    assert mine("loggers.console=true") == 0
+    assert "./scripts/train recipe=mine loggers.console=true run=" in capsys.readouterr().out

@@ -254,3 +254,12 @@ def test_any_words_make_a_valid_config_or_one_sentence_that_names_one_of_them(sh
         assert error.exit_code == 2 and "\n" not in said
         parts = {part for name in names for part in re.split(r"[.@/]", name) if part} | set(overrides)
         assert any(part in said for part in parts) or "the run would never end" in said, (overrides, said)
+
+
+def test_an_interrupt_inside_omegaconf_stays_one():
+    from trainer.config.sentences import Known, explain
+
+    error = ValueError("wrapped")
+    error.__cause__ = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        explain(error, (), lambda: Known({}, {}))

@@ -205,3 +205,13 @@ def test_a_model_in_float64_and_one_with_complex_numbers_go_round(tmp_path) -> N
     store.save(tmp_path / "state", {"model": contents.model_state(first)})
     contents.load_model(second, store.load(tmp_path / "state")["model"], "state")
     assert torch.equal(first.w, second.w)
+
+
+def test_a_state_of_another_optimizer_is_named() -> None:
+    from trainer.checkpoint import contents
+    from trainer.optim import adamw, sgd
+
+    weight = torch.zeros(2, requires_grad=True)
+    saved = contents.optimizer_state(adamw([weight]))
+    with pytest.raises(CheckpointError, match="holds the state of AdamW, and the run's optimizer is SGD"):
+        contents.load_optimizers([sgd([weight])], [saved], "here")

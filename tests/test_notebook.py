@@ -96,6 +96,6 @@ def test_the_global_generator_is_untouched_without_a_seed(cells: list[Any]) -> N
 
 def test_an_interrupt_gives_control_back_with_a_trainer_that_goes_on(cells: list[Any]) -> None:
     (error,) = [output for output in cells[3].outputs if output["output_type"] == "error"]
-    assert error["ename"] == "KeyboardInterrupt" and "stopped: stopped by Ctrl-C" in _text(cells[3])
+    assert error["ename"] == "KeyboardInterrupt" and "stopped by Ctrl-C" in _text(cells[3])
     assert 1 <= int(_text(cells[4])) < 2000
     assert _text(cells[5]).endswith("went on: 2000 steps done\nTrue\n")

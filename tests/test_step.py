@@ -603,3 +603,15 @@ def test_that_somebody_looks_at_the_norm_changes_nothing(norms: bool) -> None:
     report = step([torch.ones(1)], norms=norms)
     assert not report.skipped
     torch.testing.assert_close(parameter.detach(), torch.full((4,), -1.0))
+
+
+def test_a_loss_of_torch_is_an_objective_as_it_stands() -> None:
+    inputs, targets = torch.randn(6, 2), torch.randint(3, (6,))
+    reports = []
+    for objective in (torch.nn.CrossEntropyLoss(), torch.nn.functional.cross_entropy, supervised(torch.nn.NLLLoss())):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LogSoftmax(1))
+        step = Step(model, objective, sgd(model.parameters(), lr=0.1))
+        reports.append(step([(inputs[:4], targets[:4]), (inputs[4:], targets[4:])]))
+    assert len({round(report.loss, 6) for report in reports}) == 1
+    assert reports[0].weight == 6

@@ -171,7 +171,7 @@ class Jobs:
                 value = verbs.evaluate(config, door)
             else:
                 go_on = self._go_on(config.words, folder, overrides)
-                record.write(folder, config.plain, ["trainer", "train", *overrides, *self._where], go_on)
+                record.write(folder, config.plain, [*_typed(), *overrides, *self._where], go_on)
                 value = verbs.train(config, door, folder, go_on)
             if number is not None:
                 print(f"{prefix}{config.settings.best.metric} {value:g}", flush=True)
@@ -198,4 +198,9 @@ class Jobs:
         own = [word for word in overrides if word.partition("=")[0] not in ("resume", "init")]
         if words.run is None:
             own.append(f"run={folder.name}" if folder.parent == usual else f"resume={folder.as_posix()}")
-        return shlex.join(["trainer", "train", *own, *self._where])
+        return shlex.join([*_typed(), *own, *self._where])
+
+
+def _typed() -> list[str]:
+    """The words for `trainer train` as they were typed: a script that calls it says so in the environment."""
+    return shlex.split(os.environ.get("TRAINER_COMMAND", "trainer train"))

@@ -45,10 +45,8 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
         door: what finds and calls the `_target_`s.
         folder: where the run writes; None writes nothing.
     """
-    import torch
 
     from trainer import kernels, rng
-    from trainer.gradient.objective import supervised
     from trainer.loop import Trainer
     from trainer.optim.groups import parameter_groups
 
@@ -66,8 +64,6 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
 
     model = make("model")
     objective = make("objective")
-    if isinstance(objective, torch.nn.modules.loss._Loss) or _is_torch_function(objective):
-        objective = supervised(objective)
     train, evaluation = split(make("data.source"))
     groups = parameter_groups(model, config.groups)
     with kernels.without_compiler():
@@ -148,8 +144,3 @@ def _of_epochs(config: RunConfig, clock: str, epochs: int, train: Any) -> int | 
         rows = len(train[0]) if isinstance(train, tuple) else len(train)
         return epochs * (rows - rows % settings.data.batch_size if settings.data.drop_last else rows)
     return None
-
-
-def _is_torch_function(objective: Any) -> bool:
-    inner = getattr(objective, "func", objective)
-    return getattr(inner, "__module__", "") == "torch.nn.functional"

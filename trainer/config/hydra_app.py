@@ -32,7 +32,7 @@ from trainer.config import resolvers, schema
 from trainer.config.hydra_loader import Loader
 from trainer.config.sentences import Known, explain
 from trainer.config.sweep import Watched
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 
 WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null")
 """Overrides for a job that has no folder."""
@@ -109,9 +109,15 @@ def run(loader: Loader, config: DictConfig, task: Callable[[DictConfig], Any]) -
         callbacks = Callbacks(config)
     callbacks.on_run_start(config=config, config_name=config.hydra.job.config_name)
     context = HydraContext(config_loader=loader, callbacks=callbacks)
-    job = run_job(
-        task_function=task, config=config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context
-    )
+    try:
+        job = run_job(
+            task_function=task, config=config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context
+        )
+    except OSError as error:  # the job itself lets none through: it is the folder that Hydra makes
+        raise CheckpointError(
+            f"the run's folder {config.hydra.run.dir} cannot be written ({error.strerror or error}): start where there "
+            "is room and permission to write, or give hydra.run.dir=FOLDER."
+        ) from error
     callbacks.on_run_end(config=config, config_name=config.hydra.job.config_name, job_return=job)
 
 

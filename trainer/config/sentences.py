@@ -18,6 +18,11 @@ class Known:
 
 def explain(error: BaseException, overrides: Sequence[str], known: Callable[[], Known]) -> str:
     """The sentence for an error of Hydra or OmegaConf; `known` is only asked where a name was wrong."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, KeyboardInterrupt):
+            raise KeyboardInterrupt from error  # OmegaConf wraps whatever comes up while it resolves a value
+        inner = inner.__cause__ or inner.__context__
     text = str(error)
     override = getattr(error, "override", None)
     if override is not None:
