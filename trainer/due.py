@@ -1,11 +1,10 @@
 """What happens every so often: a mark on a clock, looked at after every window without a device read."""
 
-import math
-
 from trainer.gradient.clocks import Clocks
 
 # How far one window moves a clock, where that is known before it is drawn; the epochs clock moves after it.
 _MOVES = {"windows": 1, "steps": 1, "epochs": 0}
+_ANY = 1 << 62
 
 
 class Due:
@@ -22,7 +21,7 @@ class Due:
         self._clock = clock
         self._next: int | None = None
         self._at_once = at_once
-        self._move = _MOVES.get(clock, math.inf)
+        self._move = _MOVES.get(clock, _ANY)
 
     def start(self, clocks: Clocks) -> None:
         """Begin at the clocks as they stand: the next multiple is the first mark."""
@@ -32,7 +31,7 @@ class Due:
 
     def is_near(self, clocks: Clocks) -> bool:
         """Whether the next window may bring the mark, known without a device read."""
-        return self._next is not None and clocks.most(self._clock) + self._move >= self._next
+        return self._next is not None and clocks.may_reach(self._clock, self._next - self._move)
 
     def __call__(self, clocks: Clocks) -> bool:
         if self._next is None or self._every is None or not clocks.has_reached(self._clock, self._next):

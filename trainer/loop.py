@@ -185,9 +185,8 @@ class Trainer:
                     self._evaluated()
                 if save(clocks):
                     self._save(LAST)
-                if self._reached():
+                if reason := self._reached():
                     break
-            reason = self._reached()
             if reason is None or self._feed.is_at_end():
                 self.state.next_epoch()
                 if report is not None and self._reached():

@@ -58,6 +58,11 @@ class Clocks:
         count: int = getattr(self, clock)
         return count + (self._at_most[TAKEN.index(clock)] if clock in TAKEN else 0)
 
+    def may_reach(self, clock: str, count: int) -> bool:
+        """Whether a clock may stand at `count` or beyond, without a device read."""
+        now: int = getattr(self, clock) if self._on_device is None else self.most(clock)
+        return now >= count
+
     def has_reached(self, clock: str, count: int) -> bool:
         """Whether a clock stands at `count` or beyond. Reads the device only where it could."""
         now: int = getattr(self, clock)
