@@ -81,7 +81,7 @@ def _make(wanted: bytes, lock: int) -> None:
         if reason is not None:
             base = getattr(sys, "_base_executable", None) or sys.executable  # not a .venv that is about to be replaced
             _call([base, "-m", "venv", str(VENV)], log, lock, NO_VENV)
-        pip = [environment.path_of("python"), "-m", "pip", "install", "--no-compile", "--constraint", "constraints.txt"]
+        pip = [environment.path_of("python"), "-m", "pip", "install", "--constraint", "constraints.txt"]
         builders = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
         if builders:
             _call([*pip, *builders], log, lock, NO_PACKAGES)
