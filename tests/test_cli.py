@@ -279,7 +279,17 @@ def test_hostile_targets_are_refused_from_every_place_and_nothing_runs(here, cap
 
 def test_ctrl_c_is_one_line_and_exit_code_130(here):
     words = [sys.executable, "-m", "trainer", "train", "recipe=mine", "--config-dir", "own", "model.width=13"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so would its children
+
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen if os.name == "posix" else None,
+    ) as running:
         assert running.stdout.readline() == "ready\n"
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=60)

@@ -83,7 +83,7 @@ class TensorSource:
         rows = order(seed, epoch, start, self.rows)
         if self._rows != self.rows:
             rows = rows[: self._rows - start]
-        if len(rows) <= self._piece:
+        if self._rows - start <= self._piece:
             return self._split(_rows_of(tensor, rows) for tensor in self.tensors)
         return self._piecewise(rows)
 
@@ -105,7 +105,7 @@ class TensorSource:
 
 
 def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
-    return tensor.index_select(0, rows if tensor.device.type == "cpu" else rows.to(tensor.device))
+    return tensor.index_select(0, rows if tensor.is_cpu else rows.to(tensor.device))
 
 
 class DatasetSource:

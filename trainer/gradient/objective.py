@@ -170,6 +170,7 @@ class Supervised:
         self._loss = kernels.without_python(loss)
         self.weight = self._weight
         self.tokens = self._tokens if counter.counts_targets else None
+        self.full_weight = None if counter.full is None else self._full_weight
         # Where every target of a micro-batch may be ignored, the loss's own mean is 0 / 0. On the CPU the weight
         # is read before and such a micro-batch is left out; elsewhere the total is taken instead of the mean.
         self._total = counter.total_of(loss)
@@ -182,10 +183,10 @@ class Supervised:
             return Sum(total if total.dim() == 0 else total.sum(), host_number(self.counter.count(targets, outputs)))
         return self._loss(outputs, targets)
 
-    def full_weight(self, micro_batch: Any) -> Number:
+    def _full_weight(self, micro_batch: Any) -> Number:
         """Its weight if no target in it is left out, told without a look at the targets."""
-        targets = self._pair(micro_batch)[1]
-        return self._weight(micro_batch) if self.counter.full is None else self.counter.full(targets)
+        full = self.counter.full
+        return self._weight(micro_batch) if full is None else full(self._pair(micro_batch)[1])
 
     def _weight(self, micro_batch: Any) -> Number:
         """What the loss of this micro-batch divides by."""

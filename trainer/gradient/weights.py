@@ -87,7 +87,7 @@ def _rows(targets: Tensor, outputs: Tensor | None) -> Number:
 
 
 def _elements(targets: Tensor, outputs: Tensor | None) -> Number:
-    return float(max(targets.numel(), 0 if outputs is None else outputs.numel()))
+    return float(targets.numel() if outputs is None else max(targets.numel(), outputs.numel()))
 
 
 def _all_classes(targets: Tensor) -> float:
