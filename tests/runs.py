@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from trainer import Sum, Trainer, supervised
+from trainer import Report, Step, Sum, Trainer, supervised
 from trainer.optim import Manual, adamw, cosine, sgd
 
 QUIET = {"console": False, "tensorboard": False, "metrics_file": False}
@@ -132,3 +132,12 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without times."""
     text = (folder / "metrics.jsonl").read_text()
     return [{name: v for name, v in json.loads(line).items() if name != "seconds"} for line in text.splitlines()]
+
+
+def taken(step: Step, window: list[Any], whole: bool) -> Report:
+    """One step on a window: given whole, or micro-batch by micro-batch without telling what is to come."""
+    if whole:
+        return step(window)
+    for micro_batch in window:
+        step.accumulate(micro_batch)
+    return step.finish()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from reference import cut, farthest, mlp, rows
+from runs import taken
 from torch import Tensor, nn
 
 from trainer import ConfigError, Step, Sum, supervised
@@ -35,12 +36,7 @@ def watched(
     sums, finals = [], []
     for window in windows:
         seen.clear()
-        if whole:
-            step(window)
-        else:
-            for micro_batch in window:
-                step.accumulate(micro_batch)
-            step.finish()
+        taken(step, window, whole)
         sums.append(dict(seen))
         finals.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     return sums, finals

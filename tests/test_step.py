@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import cut, descend, differing, farthest, mlp, row_gradients, rows, state_of, window_gradient, windows_of
+from runs import taken
 from torch import Tensor, nn
 
 from trainer import ConfigError, Cotangents, DivergedError, ObjectiveError, Step, Sum, supervised
@@ -141,12 +142,7 @@ def test_any_cut_of_the_same_rows_gives_the_same_gradient(sizes: list[int], redu
     model = mlp()
     step = Step(model, MSE, Manual(model.parameters(), lr=0.0), reduction=reduction, zero_grad="zeros", clip_value=1e9)
     window = cut(data, sizes)
-    if whole:
-        step(window)
-    else:
-        for micro_batch in window:
-            step.accumulate(micro_batch)
-        step.finish()
+    taken(step, window, whole)
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     expected = window_gradient(model, [data], reduction)
     scale = 2.0 if reduction == "sum" else 1.0  # MSE weighs elements: two to a row

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import farthest
+from runs import taken
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -90,12 +91,7 @@ def gradient(loss: object, targets: Tensor, sizes: list[int], last: object, whol
     inputs = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(5)).double()
     window = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
     step = Step(net, supervised(loss), Manual(net.parameters(), lr=0.0), clip_value=1e9)
-    if whole:
-        step(window)
-    else:
-        for micro_batch in window:
-            step.accumulate(micro_batch)
-        step.finish()
+    taken(step, window, whole)
     return {"weight": net.weight.grad}
 
 
