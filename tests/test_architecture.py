@@ -15,7 +15,7 @@ LAYERS = [
     ["errors", "settings"],
     ["gradient.report", "gradient.clocks", "distributed", "kernels", "rng"],
     ["gradient"],
-    ["optim", "data", "activations"],
+    ["optim", "data", "activations", "diagnose"],
     ["step", "modes", "device"],
     ["evaluate", "checkpoint", "loggers", "summary", "due"],
     ["feed"],

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from trainer import modes, rng
+from trainer.diagnose.mistakes import Forward, explain
 from trainer.errors import ConfigError, DataError
-from trainer.gradient.explain import explain
 from trainer.gradient.objective import MEAN, Sum, terms_of
 from trainer.gradient.precision import autocast
 from trainer.gradient.weigher import Weigher
@@ -82,7 +82,7 @@ class Evaluation:
                     self._add_terms(model, micro_batch, terms)
                     self._add_metrics(model, micro_batch, metrics, objects)
                 except RuntimeError as error:
-                    explain(error, model)
+                    explain(error, Forward(model, self._objective, micro_batch, {}))
                     raise
             if not terms:
                 raise DataError("the evaluation data gave no micro-batch: it is empty.")

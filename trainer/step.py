@@ -16,13 +16,13 @@ from torch import Tensor
 
 from trainer import kernels
 from trainer.activations.segments import segments_for
+from trainer.diagnose.mistakes import Forward, explain, not_connected
 from trainer.distributed.ranks import OneProcess, Ranks
 from trainer.errors import ConfigError, DivergedError, GradientError
 from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clocks import Clocks
-from trainer.gradient.explain import explain
-from trainer.gradient.objective import Objective, as_objective, not_differentiable, terms_of
+from trainer.gradient.objective import Objective, as_objective, terms_of
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.parameters import Trained
 from trainer.gradient.precision import autocast, check_precision
@@ -126,7 +126,7 @@ class Step:
             if seed is None:
                 continue
             if not term.value.requires_grad:
-                raise not_differentiable(term, self.objective)
+                raise not_connected(term.name, self._as_it_was(micro_batch))
             apart = open_.terms[term.name].apart
             if apart is None:
                 roots.append(term.value)
@@ -137,7 +137,7 @@ class Step:
             try:
                 kernels.backward(tuple(roots), tuple(seeds), self.parameters.inputs, False)  # backward, accumulate
             except RuntimeError as error:
-                explain(error, self.model)
+                explain(error, self._as_it_was(micro_batch), tuple(roots))
                 raise
         open_.count(micro_batch)
 
@@ -202,7 +202,7 @@ class Step:
             with self._segments or nullcontext(), self._autocast or nullcontext():
                 return self.objective(self.model, micro_batch)
         except RuntimeError as error:
-            explain(error, self.model)
+            explain(error, self._as_it_was(micro_batch))
             raise
 
     def _unscale(self, open_: OpenWindow, gradients: dict[str, Tensor]) -> Number:
@@ -282,6 +282,9 @@ class Step:
         self._moving = False
 
     # What the stages ask for.
+
+    def _as_it_was(self, micro_batch: Any) -> Forward:
+        return Forward(self.model, self.objective, micro_batch, self.parameters.by_name)
 
     def _defers(self) -> bool:
         """Whether the verdict can stay on the device; `raise` has to know it."""

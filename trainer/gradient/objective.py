@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from trainer import kernels
@@ -235,12 +234,3 @@ def as_objective(objective: Any) -> Any:
 
 def _loss_name(loss: Any) -> str:
     return getattr(loss, "__name__", None) or type(loss).__name__
-
-
-def not_differentiable(term: Term, objective: Any) -> ObjectiveError:
-    """The error for a value that no parameter can get a gradient from."""
-    hint = " (gradients are switched off here)" if not torch.is_grad_enabled() else ""
-    return ObjectiveError(
-        f"{who(objective)} returned a value for '{term.name}' without a graph{hint}: no parameter that requires "
-        "a gradient took part, or it was cut by detach(), item(), argmax() or no_grad()."
-    )

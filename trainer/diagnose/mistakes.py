@@ -1,0 +1,234 @@
+"""What autograd raises inside a step, as a sentence: what it is about by name, the user's line, and what to do.
+
+All of it comes after the fact. The forward is run once more under a trace, which is dear, but only once something is
+wrong. Where the second run does not show the mistake, less is said, rather than guessed.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import rng
+from trainer.diagnose import graphs, places
+from trainer.diagnose.cuts import Cut, Flow
+from trainer.diagnose.holders import held_by
+from trainer.diagnose.trace import Call, Trace, storage_of, tensors_in
+from trainer.errors import GradientError, ObjectiveError
+from trainer.gradient.objective import Objective, terms_of, who
+from trainer.gradient.parameters import named_modules, named_parameters
+
+_INFERENCE = ("Inference tensors cannot be saved for backward", "Inplace update to inference tensor")
+_LEAF = ("a leaf Variable that requires grad is being used in an in-place operation", "a view of a leaf Variable")
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward that went wrong, and how to run it again."""
+
+    model: Any
+    objective: Objective
+    micro_batch: Any
+    parameters: Mapping[str, Tensor]
+    """Those under training, by name."""
+
+    def again(self) -> tuple[Trace, list[Tensor]]:
+        """The forward under a trace, and what it would differentiate: nothing where it raised."""
+        trace, roots = Trace(), []
+        with rng.preserved():
+            try:
+                with trace:
+                    answer = self.objective(self.model, self.micro_batch)
+                roots = [term.value for term in terms_of(answer, self.objective)]
+            except Exception:  # the first run's error is what is explained
+                roots = []
+        return trace, roots
+
+    def names(self) -> dict[int, str]:
+        """What the model holds, by storage."""
+        found: dict[int, str] = {}
+        for kind, tensors in (("parameter", named_parameters(self.model)), ("buffer", _buffers(self.model))):
+            for name, tensor in tensors.items():
+                storage = storage_of(tensor)
+                if storage is not None:
+                    found.setdefault(storage, f"the {kind} '{name}'")
+        for index, tensor in enumerate(tensors_in(self.micro_batch)):
+            storage = storage_of(tensor)
+            if storage is not None:
+                found.setdefault(storage, f"tensor {index} of the micro-batch")
+        return found
+
+
+def explain(error: RuntimeError, forward: Forward, roots: tuple[Tensor, ...] = ()) -> None:
+    """Raise the sentence for an error that is known; return for any other, which the caller then raises on.
+
+    Args:
+        error: what forward or backward raised.
+        roots: what backward began from; empty where forward raised.
+    """
+    sentence = explained(error, forward, roots)
+    if sentence is not error:
+        raise sentence from error
+
+
+def explained(error: RuntimeError, forward: Forward, roots: tuple[Tensor, ...] = ()) -> Exception:
+    """The sentence for an error that is known, the error itself for any other."""
+    text = str(error)
+    if any(known in text for known in _INFERENCE):
+        return _inference(forward)
+    if any(known in text for known in _LEAF):
+        return _leaf(error, forward)
+    if graphs.CHANGED in text:
+        return _changed(forward, roots)
+    if "backward through the graph a second time" in text:
+        return _walked_twice(forward)
+    return error
+
+
+def not_connected(name: str, forward: Forward) -> ObjectiveError:
+    """The error for a term of the objective that no parameter can get a gradient from."""
+    what = f"{who(forward.objective)} returned a value for '{name}' without a graph"
+    if not torch.is_grad_enabled():
+        return ObjectiveError(f"{what}: gradients are switched off here; call the step outside no_grad().")
+    off = [parameter for parameter, tensor in forward.parameters.items() if not tensor.requires_grad]
+    if len(off) == len(forward.parameters):
+        return ObjectiveError(
+            f"{what}: no parameter requires a gradient ({_listed(off)}); make them with requires_grad=True, or as "
+            "nn.Parameter."
+        )
+    trace, roots = forward.again()
+    if not roots:
+        return ObjectiveError(f"{what}: no parameter that requires a gradient took part in it.")
+    flow = Flow(trace, roots, {name: one for name, one in forward.parameters.items() if one.requires_grad})
+    cuts = [flow.cut(parameter) for parameter, tensor in forward.parameters.items() if tensor.requires_grad]
+    return ObjectiveError(f"{what}: {_nearest(cuts, flow)}")
+
+
+def _nearest(cuts: list[Cut], flow: Flow) -> str:
+    """The cut next to the loss: before it others may be meant (a frozen trunk), it is the one that leaves nothing."""
+    reached = [cut for cut in cuts if cut.kind == "cut"]
+    if reached:
+        last = max(reached, key=lambda cut: cut.calls[0].order)
+        return f"{last}. Return a value that is made of the parameters by operations that have a gradient."
+    left = next((cut for cut in cuts if cut.kind == "left"), None)
+    if left is not None:
+        return f"{left}, and no tensor that is made of the parameters reaches the loss."
+    origins = [call for call in flow.origins() if call.place is not None]
+    made = f"; it is made of {origins[0]}" if len(origins) == 1 else ""
+    return f"no parameter that requires a gradient took part in it{made}."
+
+
+def _inference(forward: Forward) -> GradientError:
+    holder = _holder_of_inference_tensor(forward.model)
+    where = f"{holder} keeps" if holder else "something in the model or the objective keeps"
+    return GradientError(
+        f"{where} a tensor that was made under inference mode, and backward cannot use it: set "
+        "evaluation.grad_mode=no_grad, or clone the tensor outside inference mode before it is kept."
+    )
+
+
+def _leaf(error: RuntimeError, forward: Forward) -> GradientError:
+    trace, _ = forward.again()
+    what = "a parameter"
+    if trace.failed is not None:
+        names = forward.names()
+        known = (names.get(storage_of(tensor) or 0) for tensor in trace.failed.inputs if tensor.requires_grad)
+        what = next((name for name in known if name is not None), "a leaf that requires a gradient")
+    place = places.of(error)
+    where = f" in {place}" if place is not None else ""
+    return GradientError(
+        f"{what} is changed in place while autograd records{where}: make a new tensor of it there, or change it under "
+        "torch.no_grad() outside the objective."
+    )
+
+
+def _changed(forward: Forward, roots: tuple[Tensor, ...]) -> GradientError:
+    """Backward needs a tensor as it was in forward, and it was changed in place since."""
+    names = forward.names()
+    held = [
+        names[storage]
+        for _, storages in graphs.unreadable(roots, graphs.CHANGED)
+        for storage in storages
+        if storage in names
+    ]
+    trace, again = forward.again()
+    stuck = graphs.unreadable(again, graphs.CHANGED)
+    for node, storages in stuck:
+        saver = _maker_of_node(trace, node)
+        for storage in storages:
+            changes = [call for call in trace.changes(storage) if saver is None or call.order > saver.order]
+            if changes:
+                what = names.get(storage) or _made(trace, storage)
+                needs = f"backward of {saver}" if saver is not None else f"backward ({node.name()})"
+                return GradientError(
+                    f"{needs} needs {what} as it was then, but it was changed in place since, by {changes[0]}: write "
+                    "the result into a new tensor there (x = x + 1, not x += 1), or clone() before."
+                )
+    what = held[0] if len(set(held)) == 1 else "a tensor that backward needs"
+    return GradientError(
+        f"{what} was changed in place between forward and backward, and backward needs it as it was: make a new tensor "
+        "instead, or clone() before."
+    )
+
+
+def _made(trace: Trace, storage: int) -> str:
+    for call in trace.calls:
+        for tensor in call.outputs:
+            if storage_of(tensor) == storage:
+                return f"the result of {call}"
+    return "a tensor"
+
+
+def _maker_of_node(trace: Trace, node: Any) -> Call | None:
+    return next((call for call in trace.calls if any(tensor.grad_fn is node for tensor in call.outputs)), None)
+
+
+def _walked_twice(forward: Forward) -> GradientError:
+    held = dict(_by_id(held_by({"model": forward.model, "objective": forward.objective})))
+    trace, _ = forward.again()
+    own = next((call for call in trace.calls if call.name in ("backward", "grad")), None)
+    if own is not None:
+        return GradientError(
+            f"the objective calls {own} itself: return the total and leave backward to the step, which would walk the "
+            "same graph again (retain_graph=True would only add the gradient twice)."
+        )
+    behind = "part of the objective's answer belongs to the graph of an earlier micro-batch, which backward has freed"
+    to_do = "detach() what is carried over from one micro-batch to the next"
+    made: set[int] = set()
+    for call in trace.calls:
+        made.update(id(tensor) for tensor in call.outputs)
+        for tensor in call.inputs:
+            if tensor.grad_fn is not None and id(tensor) not in made:
+                name = held[id(tensor)][0] if id(tensor) in held else None
+                what = f"'{name}'" if name is not None else "a tensor"
+                return GradientError(f"{behind}: {what} of then goes into {call}; {to_do}.")
+    return GradientError(f"{behind}, or the objective called backward itself: {to_do}, and leave backward to the step.")
+
+
+def _by_id(held: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[int, tuple[str, Tensor]]]:
+    for name, tensor in held:
+        yield id(tensor), (name, tensor)
+
+
+def _holder_of_inference_tensor(model: Any) -> str | None:
+    own = [] if isinstance(model, nn.Module) else [("", model)]
+    for prefix, module in [*own, *named_modules(model).items()]:
+        held = {**getattr(module, "_buffers", {}), **vars(module)} if hasattr(module, "__dict__") else {}
+        for name, value in held.items():
+            if isinstance(value, Tensor) and value.is_inference():
+                return f"'{prefix}.{name}'" if prefix else f"'{name}'"
+    return None
+
+
+def _buffers(model: Any) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in named_modules(model).items()
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,138 @@
+"""One forward, written down: which tensor was made by what, where, out of which, and what was changed in place.
+
+A function mode sees every call of torch's that the user's code makes, also those that leave no trace in the graph:
+detach(), item(), argmax(), what runs under no_grad(). It makes a forward several times slower and keeps every tensor of
+it alive, so it looks at one forward, after something went wrong or when it is asked.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from trainer.diagnose.places import Place, here
+
+# These take a tensor's value out of torch.
+_EXITS = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__array__", "__index__", "__complex__"}
+# These tell about a tensor, or switch something on it: no value passes.
+_SILENT = {
+    "shape", "dtype", "device", "requires_grad", "is_leaf", "grad_fn", "grad", "layout", "ndim", "names", "_version",
+    "is_sparse", "is_cuda", "is_cpu", "is_mps", "is_meta", "is_quantized", "is_nested", "output_nr", "_base",
+    "itemsize", "nbytes", "size", "dim", "numel", "nelement", "stride", "element_size", "storage_offset",
+    "is_contiguous", "is_floating_point", "is_complex", "is_inference", "is_same_size", "data_ptr",
+    "untyped_storage", "_is_view", "get_device", "register_hook", "retain_grad", "requires_grad_", "is_pinned",
+    "is_signed", "type", "__len__", "__hash__", "register_post_accumulate_grad_hook", "is_grad_enabled",
+    "is_inference_mode_enabled", "__repr__", "__format__",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a function of torch's.
+
+    - `order`: its number in the forward.
+    - `inputs`, `outputs`: the tensors that went in and came out.
+    - `changed`: what it changed in place, with the version that this left.
+    - `exits`: whether the value left torch as a number.
+    """
+
+    order: int
+    name: str
+    place: Place | None
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    changed: list[tuple[Tensor, int]]
+    exits: bool
+    gradients_on: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}() in {self.place}" if self.place else f"{self.name}()"
+
+
+class Trace(TorchFunctionMode):
+    """Enter it around a forward; `calls` is what happened, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.failed: Call | None = None
+        """The call that raised, if one did; its `outputs` are empty."""
+        self._makers: dict[int, Call] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = name_of(func)
+        if name in _SILENT:
+            return func(*args, **kwargs)
+        inputs = [*tensors_in(args), *tensors_in(kwargs)]
+        call = Call(len(self.calls), name, here(), inputs, [], [], name in _EXITS, torch.is_grad_enabled())
+        before = [tensor._version if not tensor.is_inference() else -1 for tensor in inputs]
+        try:
+            result = func(*args, **kwargs)
+        except BaseException:
+            self.failed = call
+            raise
+        call.outputs = list(tensors_in(result))
+        call.changed = [
+            (tensor, tensor._version)
+            for tensor, version in zip(inputs, before, strict=True)
+            if version >= 0 and tensor._version != version
+        ]
+        self.calls.append(call)
+        for tensor in call.outputs:
+            self._makers.setdefault(id(tensor), call)
+        return result
+
+    def maker(self, tensor: Tensor) -> Call | None:
+        """The call that made a tensor of this forward."""
+        return self._makers.get(id(tensor))
+
+    def sharing(self, storage: int) -> list[Tensor]:
+        """The tensors of this forward that lie in a storage (its `_cdata`), in the order in which they appeared."""
+        found: dict[int, Tensor] = {}
+        for call in self.calls:
+            for tensor in (*call.inputs, *call.outputs):
+                if id(tensor) not in found and storage_of(tensor) == storage:
+                    found[id(tensor)] = tensor
+        return list(found.values())
+
+    def changes(self, storage: int) -> list[Call]:
+        """The calls that changed a storage in place, in order."""
+        return [call for call in self.calls if any(storage_of(tensor) == storage for tensor, _ in call.changed)]
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """A function's short name: `relu`, `detach`, `data`."""
+    full = resolve_name(func) or getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
+    parts = [part for part in str(full).split(".") if part not in ("__get__", "__set__", "__wrapped__")]
+    return parts[-1]
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """What two tensors share where one is a view of the other."""
+    if tensor.layout is not torch.strided:
+        return None
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument or a result, lists and mappings included."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | set):
+        yield from _each(value)
+    elif isinstance(value, Mapping):
+        yield from _each(value.values())
+
+
+def _each(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        yield from tensors_in(value)
