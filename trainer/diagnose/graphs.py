@@ -1,9 +1,11 @@
 """Walking an autograd graph: its nodes, what they saved for backward, and which of that cannot be read any more."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 CHANGED = "has been modified by an inplace operation"
 FREED = "after they have already been freed"
@@ -53,3 +55,44 @@ def _data(saved: Any) -> Any:
         return saved.data
     except (AttributeError, RuntimeError):
         return None
+
+
+def withholding(roots: Iterable[Tensor], leaf: Tensor) -> str | None:
+    """The custom Function whose backward gave None towards a leaf that it is connected to, by name; None where each
+    gives something. It runs a backward of its own, which leaves no `.grad`."""
+    roots = [root for root in roots if root.grad_fn is not None]
+    ours = [node for node in nodes(roots) if isinstance(node, BackwardCFunction)]
+    guilty: list[str] = []
+
+    def watched(node: Any) -> Callable[[Any, Any], None]:
+        behind = [index for index, (following, _) in enumerate(node.next_functions) if _leads_to(following, leaf)]
+
+        def look(given: Sequence[Tensor | None], _: Any) -> None:
+            if any(given[index] is None for index in behind):
+                guilty.append(node.name().removesuffix("Backward"))
+
+        return look
+
+    handles = [node.register_hook(watched(node)) for node in ours]
+    try:
+        seeds = [torch.ones_like(root) for root in roots]
+        torch.autograd.grad(roots, [leaf], seeds, retain_graph=True, allow_unused=True)
+    except RuntimeError:
+        return None  # the error of that backward is not what is asked about
+    finally:
+        for handle in handles:
+            handle.remove()
+    return guilty[0] if guilty else None
+
+
+def _leads_to(node: Any, leaf: Tensor) -> bool:
+    ahead, seen = [node], set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is leaf:
+            return True
+        seen.add(node)
+        ahead.extend(following for following, _ in node.next_functions)
+    return False

@@ -1,0 +1,134 @@
+"""Whether the wiring is right: parameters that no optimizer has, that no gradient reaches, that a step does not move.
+
+What can be seen without a step is seen at the start, the rest in the first step that is taken. A forward is run once
+more only where a parameter went without a gradient, to say where the graph was cut.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.diagnose.cuts import Flow, connected
+from trainer.diagnose.graphs import withholding
+from trainer.diagnose.mistakes import Forward
+from trainer.gradient import norms
+from trainer.gradient.parameters import named_parameters
+from trainer.gradient.report import Report
+
+_NAMED = 4
+"""So many parameters are named in a sentence; the others are counted."""
+_LOST = 0.9
+"""The share of a low-precision parameter's elements which a step leaves as they are, from which on it is said."""
+
+
+def wiring(model: Any, parameters: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with who holds which parameter, a sentence each.
+
+    Args:
+        parameters: those of the optimizers, by name (`Trained.by_name`).
+    """
+    own = named_parameters(model)
+    trained = {id(parameter) for parameter in parameters.values()}
+    held = {id(parameter) for parameter in own.values()}
+    strange = [name for name, parameter in parameters.items() if id(parameter) not in held]
+    left_out = [name for name, one in own.items() if one.requires_grad and id(one) not in trained]
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    said = []
+    if strange and len(strange) == len(parameters):
+        said.append(
+            "none of the optimizer's parameters is the model's: it was built on a copy, or before the model was "
+            "replaced, and the model will not change. Build it from this model's parameters."
+        )
+        return said
+    if left_out:
+        said.append(f"in the model but in no optimizer, so not trained: {listed(left_out)}.")
+    if frozen:
+        said.append(f"in the optimizer but with requires_grad off, so not trained: {listed(frozen)}.")
+    return said
+
+
+def without_gradient(parameters: Mapping[str, Tensor], forward: Forward) -> list[str]:
+    """The parameters that ought to have a gradient after a backward and have none, with where the graph was cut."""
+    missing = [name for name, parameter in parameters.items() if parameter.requires_grad and parameter.grad is None]
+    if not missing:
+        return []
+    trace, roots = forward.again()
+    if not roots:
+        return [f"no gradient reached {listed(missing)}."]
+    reached = connected(roots)
+    flow = Flow(trace, roots, parameters)
+    by_reason: dict[str, list[str]] = {}
+    for name in missing:
+        why = _not_given(roots, parameters[name]) if id(parameters[name]) in reached else str(flow.cut(name))
+        by_reason.setdefault(why, []).append(name)
+    return [f"no gradient reached {listed(names)}: {why}." for why, names in by_reason.items()]
+
+
+def _not_given(roots: Sequence[Tensor], parameter: Tensor) -> str:
+    """Why a parameter had no gradient although the forward is connected to it, when it is run again."""
+    function = withholding(roots, parameter)
+    if function is not None:
+        return f"backward of {function} gave none for what it was part of"
+    return "this forward does not always use it"
+
+
+class FirstStep:
+    """Calls a step until one was taken, and looks at that one.
+
+    Args:
+        step: the run's.
+        found: what each finding is told to.
+    """
+
+    def __init__(self, step: Any, found: Callable[[str], None]) -> None:
+        self._step = step
+        self._found = found
+        self.is_over = False
+
+    def __call__(self, window: Sequence[Any], norms: bool = False) -> Report:
+        parameters = self._step.parameters.by_name
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        report: Report = self._step(window, norms=norms)
+        if not report.skipped:
+            self.is_over = True
+            forward = Forward(self._step.model, self._step.objective, window[0], parameters)
+            for finding in (*without_gradient(parameters, forward), *not_moved(before, parameters, report.lr)):
+                self._found(finding)
+        return report
+
+
+def not_moved(before: Mapping[str, Tensor], parameters: Mapping[str, Tensor], lr: float) -> list[str]:
+    """The parameters that a step left as they were although they have a gradient."""
+    if lr == 0.0:
+        return []  # a warm-up may begin there
+    still, lost = [], []
+    for name, parameter in parameters.items():
+        gradient = parameter.grad
+        if gradient is None or not float(norms.norm([gradient])):
+            continue
+        same = float((parameter.detach() == before[name]).float().mean())
+        if same == 1.0:
+            still.append(name)
+        elif same >= _LOST and parameter.dtype in (torch.bfloat16, torch.float16):
+            lost.append(name)
+    said = []
+    if still:
+        said.append(
+            f"the first step did not move {listed(still)}, which has a gradient: the step is lost in rounding (a "
+            f"learning rate of {lr:g} is too small for it), or the optimizer leaves it out."
+        )
+    if lost:
+        said.append(
+            f"the first step moved less than a tenth of the elements of {listed(lost)}: in {parameters[lost[0]].dtype} "
+            "most of it is lost in rounding; keep float32 masters or raise the learning rate."
+        )
+    return said
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a sentence: the first few, and how many more."""
+    names = list(names)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(f"'{name}'" for name in names[:_NAMED]) + more
