@@ -26,6 +26,7 @@ PADDING = -100
 """The target that is none: what cross_entropy ignores."""
 _NUMBERS = torch.zeros(128, dtype=torch.int64)
 _NUMBERS[list(ALPHABET.encode())] = torch.arange(len(ALPHABET))
+_FOLDER = Path(sysconfig.get_path("stdlib"))
 
 Windows = tuple[Tensor, Tensor]
 
@@ -70,19 +71,24 @@ def library(length: int = 128, characters: int = 900_000, held_out: int = 10, la
     """
     if length < 1 or held_out < 2:
         raise ConfigError("data.source: length must be 1 or more, and held_out 2 or more: every n-th file is held out.")
-    folder = Path(sysconfig.get_path("stdlib"))
+    taken = library_files(characters, largest)
+    if len(taken) < held_out:
+        raise DataError(
+            f"{_FOLDER}: the source of Python's library is not there, or not enough of it: {len(taken)} files."
+        )
+    train = [text for index, text in enumerate(taken) if index % held_out != held_out - 1]
+    return Split(train=Text(train, length), evaluation=Text(taken[held_out - 1 :: held_out], length))
+
+
+def library_files(characters: int, largest: int) -> list[str]:
+    """Source files of the running Python's standard library as texts; which ones, `library` says."""
     taken: list[str] = []
-    for path in sorted(folder.glob("[!_]*.py")):
+    for path in sorted(_FOLDER.glob("[!_]*.py")):
         if sum(map(len, taken)) < characters and path.stat().st_size <= largest:
             text = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
             if text and set(text) <= set(ALPHABET):
                 taken.append(text)
-    if len(taken) < held_out:
-        raise DataError(
-            f"{folder}: the source of Python's library is not there, or not enough of it: {len(taken)} files."
-        )
-    train = [text for index, text in enumerate(taken) if index % held_out != held_out - 1]
-    return Split(train=Text(train, length), evaluation=Text(taken[held_out - 1 :: held_out], length))
+    return taken
 
 
 class Block(nn.Module):

@@ -103,6 +103,9 @@ def test_every_recipe_runs_with_other_options(recipe, option, tmp_path):
     if recipe == "tabular":  # the only one that comes without data
         (tmp_path / "my.csv").write_text("a,price\n" + "".join(f"{row},{row * row + 0.5}\n" for row in range(20)))
         needs = [f"data.source.path='{tmp_path / 'my.csv'}'", "data.source.target=price"]
+    if recipe == "finetune":
+        pytest.importorskip("transformers")
+        needs = ["data.source.characters=20000"]
     if recipe == "char_lm":  # its held-out text takes seconds
         needs = ["data.source.characters=50000", "data.source.largest=8000"]
     stop = trainer_of(f"recipe={recipe}", option, "debug=fast", *needs).fit()

@@ -395,3 +395,9 @@ def test_tensors_are_placed_at_once_and_come_in_the_same_order() -> None:
 def test_a_split_without_held_out_data() -> None:
     assert Split(1) == (1, None)
     assert Split(train=1, evaluation=2).evaluation == 2
+
+
+def test_a_mapping_that_is_no_dict_is_placed_as_well():
+    batch = collections.UserDict(ids=torch.arange(3), scores=torch.ones(3), name="x")
+    found = place(batch, torch.device("cpu"), torch.float64)
+    assert found["scores"].dtype == torch.float64 and found["ids"].dtype == torch.int64 and found["name"] == "x"

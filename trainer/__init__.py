@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ObjectiveError,
         TrainerError,
     )
+    from trainer.gradient.model_loss import model_loss
     from trainer.gradient.objective import Cotangents, Sum, supervised
     from trainer.gradient.report import Report
     from trainer.loop import Trainer
@@ -33,6 +34,7 @@ _HOMES = {
     "Sum": "trainer.gradient.objective",
     "Cotangents": "trainer.gradient.objective",
     "supervised": "trainer.gradient.objective",
+    "model_loss": "trainer.gradient.model_loss",
     "Report": "trainer.gradient.report",
     "Settings": "trainer.settings",
     "TrainerError": "trainer.errors",
@@ -60,6 +62,7 @@ __all__ = [
     "Trainer",
     "TrainerError",
     "Window",
+    "model_loss",
     "supervised",
     "windows",
 ]

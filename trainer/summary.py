@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from trainer.data.sources import Source
+from trainer.gradient.model_loss import ModelLoss
 from trainer.gradient.objective import Supervised
 from trainer.optim.update import could_be_fused
 from trainer.settings import Settings
@@ -25,7 +26,9 @@ def window(settings: Settings, source: Source, step: Step) -> str:
     count = settings.gradient.accumulation_steps
     reduction = settings.gradient.reduction
     what = step.objective.counter.what if isinstance(step.objective, Supervised) else "rows"
-    if step.weigher.declares and not isinstance(step.objective, Supervised):
+    if isinstance(step.objective, ModelLoss):
+        what = step.objective.what
+    elif step.weigher.declares and not isinstance(step.objective, Supervised):
         what = "what the objective's weight counts"
     divided = {
         "mean": f"divided by {what}",

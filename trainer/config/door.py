@@ -19,7 +19,10 @@ from typing import Any
 from trainer.config.arguments import fits
 from trainer.errors import ConfigError, TrainerError, did_you_mean
 
-ROOMS = ("trainer.recipes", "trainer.optim", "trainer.data", "trainer.gradient.objective", "trainer.loggers")
+ROOMS = (
+    "trainer.recipes", "trainer.optim", "trainer.data", "trainer.gradient.objective", "trainer.gradient.model_loss",
+    "trainer.loggers",
+)  # fmt: skip
 """What of this package a config may name. Not all of it: `trainer.cli.main` could be told whom to trust."""
 
 _WORDS = ("_target_", "_args_", "_partial_")

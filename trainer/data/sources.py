@@ -277,7 +277,7 @@ def place(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(value, Tensor):
         floating = dtype is not None and value.is_floating_point()
         return value.to(device, dtype if floating else None, non_blocking=True)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):  # of transformers' tokenizers, for one, which is no dict
         return {key: place(item, device, dtype) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(place(item, device, dtype) for item in value))
