@@ -34,6 +34,7 @@ def test_every_event_is_a_line_that_reads_back_exactly(tmp_path: Path) -> None:
         "weight": 64.0,
         "grad_norm": 1.5,
         "clip_factor": 0.75,
+        "loss_scale": None,
         "lr": 1e-3,
         "skipped": False,
         "reason": None,

@@ -122,7 +122,17 @@ def test_clips_schedules_and_weights_on_the_device_are_near(toggles: dict[str, A
 
 @pytest.mark.usefixtures("no_read_is_free")
 @pytest.mark.parametrize(
-    "toggles", [{}, {"clip_norm": 0.3}, {"clip_value": 0.1}, {"schedule": linear(60)}, {"zero_grad": "never"}]
+    "toggles",
+    [
+        {},
+        {"clip_norm": 0.3},
+        {"clip_value": 0.1},
+        {"schedule": linear(60)},
+        {"zero_grad": "never"},
+        {"precision": "fp16", "loss_scale": 1024.0},
+        {"precision": "fp16", "loss_scale": 1024.0, "clip_norm": 0.3},
+        {"precision": "fp16", "loss_scale": 1024.0, "zero_grad": "never"},
+    ],
 )
 @pytest.mark.parametrize("classes", [True, False])
 def test_in_steady_state_nothing_is_read(

@@ -50,6 +50,7 @@ class Hears:
         self.evaluations: list[int] = []
         self.bests: list[bool] = []
         self.norms: list = []
+        self.scales: list = []
 
     def start(self, event) -> None:
         self.started = event
@@ -57,6 +58,7 @@ class Hears:
     def step(self, report, seconds) -> None:
         self.steps.append(report.clocks["windows"])
         self.norms.append((report.grad_norm, report.clip_factor, report.loss))
+        self.scales.append(report.loss_scale)
 
     def evaluate(self, event, model) -> None:
         self.evaluations.append(event.clocks["windows"])
@@ -114,9 +116,19 @@ def test_precision() -> None:
         seen.append(outputs.dtype)
         return (outputs - batch[1]).square().mean()
 
-    for precision in ("fp32", "bf16", "fp64"):
-        made(objective, precision=precision, steps=1)[0].fit()
-    assert seen == [torch.float32, torch.bfloat16, torch.float64]
+    for precision in ("fp32", "bf16", "fp16", "fp64"):
+        made(objective, precision=precision, steps=1, loss_scale=1.0)[0].fit()
+    assert seen == [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@tries("loss_scale", "loss_scale_interval")
+def test_loss_scale_and_loss_scale_interval() -> None:
+    trainer, hears = made(precision="fp16", loss_scale=4.0, loss_scale_interval=2, steps=5)
+    trainer.fit()
+    assert hears.scales == [4.0, 4.0, 8.0, 8.0, 16.0]
+    trainer, hears = made(loss_scale=4.0)
+    trainer.fit()
+    assert set(hears.scales) == {None}
 
 
 @tries("tf32")

@@ -4,6 +4,7 @@ The command line, `Trainer(...)` and `Step(...)` all read these classes; none of
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from trainer.errors import ConfigError, did_you_mean
 
 Clock = Literal["micro_batches", "windows", "steps", "rows", "tokens", "epochs"]
-Precision = Literal["fp32", "bf16", "fp64"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -44,10 +45,19 @@ class GradientSettings:
         "skip", "what an infinite or NaN loss or gradient does: skip the step, stop the run, or go into the parameters"
     )
     coefficients: dict[str, float] = setting({}, "factor of each named term of the objective (1 where not named)")
+    loss_scale: float = setting(
+        65536.0, "fp16: what backward's seeds are multiplied with at first, a power of two", ge=1, le=2**64
+    )
+    loss_scale_interval: int = setting(2000, "fp16: steps without an overflow after which the loss scale doubles", ge=1)
 
     def __post_init__(self) -> None:
         if self.clip_norm is not None and self.clip_value is not None:
             raise ValueError("clip_norm and clip_value are both set: choose one and set the other to null.")
+        if math.frexp(self.loss_scale)[0] != 0.5:
+            raise ValueError(
+                f"loss_scale={self.loss_scale:g} is no power of two, so that taking it out again would round: "
+                f"set {2.0 ** round(math.log2(self.loss_scale)):g}."
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -151,7 +161,9 @@ class Settings:
         None, "seed of the order and of all that is drawn (null: the global RNG is left alone)", ge=0
     )
     device: str = setting("auto", "auto (cuda, mps, cpu: the first that is there) or a torch device")
-    precision: Precision = setting("fp32", "fp32, bf16 (autocast, parameters stay float32) or fp64")
+    precision: Precision = setting(
+        "fp32", "fp32, bf16 or fp16 (autocast, parameters stay float32; fp16 with a loss scale), or fp64"
+    )
     tf32: bool = setting(False, "let CUDA multiply float32 matrices in TF32")
     gradient: GradientSettings = Field(default_factory=GradientSettings)
     data: DataSettings = Field(default_factory=DataSettings)

@@ -9,7 +9,7 @@ On the CPU both are read, which costs nothing there; elsewhere both stay on the 
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,13 @@ from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.parameters import Trained
 from trainer.gradient.precision import autocast, check_precision
 from trainer.gradient.report import Number, Report
+from trainer.gradient.scaler import loss_scale_for, reason_on_device
 from trainer.gradient.verdict import Inspector
 from trainer.gradient.weigher import Weigher
 from trainer.gradient.zeroing import Aside, add_back, can_put_back, put_back, zero
 from trainer.optim.rates import Rates
 from trainer.optim.update import Update, as_optimizers
-from trainer.settings import ActivationCheckpointingSettings, GradientSettings, step_settings
+from trainer.settings import ActivationCheckpointingSettings, GradientSettings, Precision, step_settings
 
 
 class Step:
@@ -44,7 +45,7 @@ class Step:
         optimizer: an optimizer or a sequence of optimizers over disjoint parameters.
         schedule: factor(count) of each group's learning rate (`trainer.optim`), or a torch LRScheduler.
         activation_checkpointing: its settings, a number of segments, or patterns of module names.
-        precision: fp32, bf16 (autocast) or fp64 (the parameters are float64 already).
+        precision: fp32, bf16 or fp16 (autocast; fp16 with a loss scale), or fp64 (the parameters are float64 already).
         count_rows: rows of a micro-batch; by default the first dimension of its first tensor.
         ranks: other processes; by default there are none.
         gradient: the toggles as settings; or give them by keyword: `clip_norm=1.0`, `reduction="sum"`, ….
@@ -58,7 +59,7 @@ class Step:
         *,
         schedule: Any = None,
         activation_checkpointing: ActivationCheckpointingSettings | int | Sequence[str] | None = None,
-        precision: Literal["fp32", "bf16", "fp64"] = "fp32",
+        precision: Precision = "fp32",
         count_rows: Callable[[Any], int] | None = None,
         ranks: Ranks | None = None,
         gradient: GradientSettings | None = None,
@@ -77,10 +78,11 @@ class Step:
         self.parameters = Trained(model, self.optimizers)
         self._segments = segments_for(model, activation_checkpointing)
         check_precision(precision, self.parameters.by_name)
-        self._device = next(iter(self.parameters.by_name.values())).device
-        self._autocast = autocast(precision, self._device.type)
+        self.device = next(iter(self.parameters.by_name.values())).device
+        self._autocast = autocast(precision, self.device.type)
+        self._scale = loss_scale_for(precision, self.settings, self.parameters.by_name, self.device)
         self._buffers = skips.KeptBuffers(model)
-        self._inspector = Inspector(self.settings.nonfinite == "allow", self.ranks, self._device)
+        self._inspector = Inspector(self.settings.nonfinite == "allow", self.ranks, self.device)
         self._open: OpenWindow | None = None
         self._aside: Aside = []
         self._expected: dict[str, float] = {}
@@ -154,7 +156,8 @@ class Step:
                 self._open, self._aside = None, []  # neither a step nor a skip: see is_torn
             self.cancel()
             raise
-        if report._skipped is True and self.settings.nonfinite == "raise" and report._reason != skips.ZERO_WEIGHT:
+        stops = self.settings.nonfinite == "raise" and report._skipped is True
+        if stops and report._reason != skips.ZERO_WEIGHT and not report.overflowed:
             raise DivergedError(
                 f"step {self.clocks.steps + 1} was not taken: {report.reason}. nonfinite=raise stops here."
             )
@@ -164,11 +167,14 @@ class Step:
 
     def _begin(self, window: Sequence[Any] | None) -> OpenWindow:
         self._check_whole()
-        self._open = OpenWindow(self.settings, self.weigher, self.ranks, window, self._expected)
+        self._open = self._window(window)
         self._buffers.keep()
         self.parameters.refresh()
         self._aside = zero(self.parameters.by_name.values(), self.settings.zero_grad)
         return self._open
+
+    def _window(self, drawn: Sequence[Any] | None) -> OpenWindow:
+        return OpenWindow(self.settings, self.weigher, self.ranks, drawn, self._expected, self._scale.value)
 
     def _finish(self, open_: OpenWindow, norm_wanted: bool) -> Report:
         if self.settings.coefficients and not self.clocks.windows:
@@ -181,15 +187,18 @@ class Step:
         clips = self.settings.clip_norm is not None
         bad, norm = self._inspector(open_, list(gradients.values()), factor, norm_wanted or clips, clips)  # inspect
         size = (open_.micro_batches, open_.rows, open_.tokens)
-        report = Report(open_.means, open_.weights(), self.settings.coefficients, size)
+        report = Report(open_.means, open_.weights(), self.settings.coefficients, size, self._scale.shown)
         if norm is not None:
             report._grad_norm = norm * factor
         if open_.weighs_nothing():
             self._skip(report, skips.ZERO_WEIGHT)
         elif isinstance(bad, Tensor) and self._defers():
+            report._overflowed = self._scale.blame_on(bad, open_)
             self._step_if(bad, self._clip(gradients, factor, report), report)  # clip, and step or skip, on the device
         elif bool(bad):
-            self._skip(report, self._reason(open_, gradients, report))
+            overflow = self._scale.blame(open_, gradients, self.ranks)
+            report._overflowed = overflow is not None
+            self._skip(report, overflow or self._reason(open_, gradients, report))
         else:
             self._step(float(self._clip(gradients, factor, report)), report)  # clip, step
         self._release(open_, report)  # release
@@ -207,11 +216,12 @@ class Step:
 
     def _unscale(self, open_: OpenWindow, gradients: dict[str, Tensor]) -> Number:
         """What is left of the divisor, as a factor. What must have the true gradient in `.grad` gets it here."""
-        leftover = open_.leftover()
-        factor: Number = 1.0 / leftover
+        unscaled = 1.0 / open_.leftover()
+        factor: Number = unscaled / open_.loss_scale
         apart = open_.apart()
         exactly = bool(apart) or self.settings.clip_value is not None or self.settings.zero_grad == "never"
-        if isinstance(factor, Tensor) or factor > 1.0 or (exactly and factor != 1.0):
+        is_one = isinstance(factor, float) and factor == 1.0
+        if isinstance(unscaled, Tensor) or unscaled > 1.0 or (exactly and not is_one):
             # A factor above 1 could still overflow: it is applied before the check, not folded behind it.
             norms.scale(list(gradients.values()), factor)
             factor = 1.0
@@ -238,23 +248,25 @@ class Step:
         for update in self._updates:
             update.apply(factor)
         self.rates.taken()
+        self._scale.follow(taken=1.0, overflowed=0.0)
         self.clocks.draw(report.micro_batches)
         self.clocks.take(report.rows, report.tokens)
         self.skips_in_a_row = 0
 
     def _step_if(self, bad: Tensor, factor: Number, report: Report) -> None:
-        factor = torch.as_tensor(factor, dtype=torch.float32, device=self._device)
-        report._lr = self.rates.set_on(self.clocks, self._device)
+        factor = torch.as_tensor(factor, dtype=torch.float32, device=self.device)
+        report._lr = self.rates.set_on(self.clocks, self.device)
         self._moving = True
         for update in self._updates:
             update.apply_if_finite(factor, bad)
         self._buffers.put_back(bad)
         put_back(self._aside, bad)
         report._skipped = bad
-        report._reason = lambda: skips.reason_on_device(report.weights)
+        report._reason = lambda: reason_on_device(report)
+        self._scale.follow(1.0 - bad, report._overflowed)
         self.clocks.draw(report.micro_batches)
         self.clocks.take_if(1.0 - bad, report.rows, report.tokens)
-        self.skips_in_a_row = (self.skips_in_a_row + bad) * bad
+        self.skips_in_a_row = (self.skips_in_a_row + bad - report._overflowed) * bad
 
     def _reason(self, open_: OpenWindow, gradients: dict[str, Tensor], report: Report) -> str:
         if not any(report.weights.values()):
@@ -269,7 +281,8 @@ class Step:
         report._skipped = True
         report._reason = reason
         self.clocks.draw(report.micro_batches)
-        self.skips_in_a_row = self.skips_in_a_row + 1
+        self._scale.follow(taken=0.0, overflowed=float(report._overflowed))
+        self.skips_in_a_row = self.skips_in_a_row + (not report._overflowed)
 
     def _release(self, open_: OpenWindow, report: Report) -> None:
         if open_.drawn is None:
@@ -329,6 +342,7 @@ class Step:
             "skips_in_a_row": int(self.skips_in_a_row),
             "expected": {name: float(weight) for name, weight in self._expected.items()},
             "rates": self.rates.state_dict(),
+            "loss_scale": self._scale.state_dict(),
             "open": window,
             "gradients": saved.save(self.parameters.gradients(), self.settings.zero_grad, window is not None),
             "aside": saved.save_aside(self._aside, self.parameters.by_name),
@@ -348,11 +362,12 @@ class Step:
         self.skips_in_a_row = int(state["skips_in_a_row"])
         self._expected = dict(state["expected"])
         self.rates.load_state_dict(state["rates"])
+        self._scale.load_state_dict(state["loss_scale"])
         put_back(saved.load(state["gradients"], own))
         self._open, self._aside, self._moving = None, [], False
         window = state["open"]
         if window is not None:
-            self._open = OpenWindow(self.settings, self.weigher, self.ranks, None, self._expected)
+            self._open = self._window(None)
             self._open.load_state_dict(window["sums"])
             self._buffers.load_state_dict(window["buffers"])
             if self.settings.zero_grad == "never":

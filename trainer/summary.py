@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from trainer.data.sources import Source
 from trainer.gradient.model_loss import ModelLoss
 from trainer.gradient.objective import Supervised
+from trainer.gradient.precision import slow_here
 from trainer.optim.update import could_be_fused
 from trainer.settings import Settings
 from trainer.step import Step
@@ -67,6 +68,9 @@ def notes(step: Step, source: Source, settings: Settings) -> Sequence[str]:
     for optimizer in step.optimizers:
         if could_be_fused(optimizer):
             said.append(f"{type(optimizer).__name__} was made without fused=True: its step would cost less with it.")
+    slow = slow_here(settings.precision, step.device.type)
+    if slow is not None:
+        said.append(slow)
     if not step.rates.defers:
         said.append("the schedule is a torch LRScheduler: on a device it costs one read a step.")
     length = source.length()

@@ -30,6 +30,7 @@ class OpenWindow:
     Args:
         drawn: the whole window; None where micro-batches come one by one.
         expected: the last window's denominators by term, the guess where nothing better is known.
+        loss_scale: what every seed is multiplied with besides (1 unless in fp16).
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class OpenWindow:
         ranks: Ranks,
         drawn: Sequence[Any] | None,
         expected: Mapping[str, float],
+        loss_scale: Number = 1.0,
     ) -> None:
+        self.loss_scale = loss_scale
         self.drawn = drawn
         self.entered = 0
         self.micro_batches = 0
@@ -126,14 +129,14 @@ class OpenWindow:
         if type(value) is float and not math.isfinite(value):
             self.losses_are_finite = False
         sums.values.append((self.micro_batches, value, factor))
-        number = factor * self._ranks.world_size / sums.divisor
+        number = factor * self._ranks.world_size / sums.divisor * self.loss_scale
         if self._settings.coefficients:
             number = number * self._settings.coefficients.get(term.name, 1.0)
         seed = seed_of(number, term.value)
         return seed if term.vector is None else term.vector.to(term.value) * seed
 
     def leftover(self) -> Number:
-        """What the accumulated gradient must still be divided by, leaving out the terms that were held apart."""
+        """What the gradient must still be divided by beside the loss scale, leaving out the terms held apart."""
         if len(self.terms) == 1 and not self._any_apart:
             return self._leftover(next(iter(self.terms.values())))
         together = [name for name, sums in self.terms.items() if sums.apart is None]
@@ -151,10 +154,11 @@ class OpenWindow:
         return leftover
 
     def apart(self) -> list[tuple[dict[str, Tensor], Number]]:
-        """The gradients that were held apart, each with its own leftover."""
+        """The gradients that were held apart, each with all that it must still be divided by."""
         if not self._any_apart:
             return []
-        return [(sums.apart, self._leftover(sums)) for sums in self.terms.values() if sums.apart is not None]
+        held = [sums for sums in self.terms.values() if sums.apart is not None]
+        return [(sums.apart, self._leftover(sums) * self.loss_scale) for sums in held if sums.apart is not None]
 
     def held_apart(self) -> list[Tensor]:
         """The gradients of those terms as they lie there."""

@@ -20,6 +20,8 @@ class Report:
     - `weight`: the window's summed weight (of the first term where they differ; `weights` has all).
     - `grad_norm`: the 2-norm of the window's true gradient, before clipping; None unless a clip or a reader wanted it.
     - `clip_factor`: what the gradient was multiplied with by `clip_norm`; None where that is off.
+    - `loss_scale`: what backward's seeds were multiplied with; None unless in fp16. `overflowed`: whether the step was
+      skipped because of it.
     - `skipped`, `reason`: whether the step was not taken, and the sentence that says why.
     - `lr`: the learning rate of the first parameter group.
     - `micro_batches`, `rows`, `tokens`: what this window held.
@@ -27,8 +29,8 @@ class Report:
     """
 
     __slots__ = (
-        "_clip_factor", "_clocks", "_grad_norm", "_loss", "_lr", "_reason", "_skipped", "_terms", "_weights",
-        "coefficients", "micro_batches", "rows", "tokens",
+        "_clip_factor", "_clocks", "_grad_norm", "_loss", "_loss_scale", "_lr", "_overflowed", "_reason", "_skipped",
+        "_terms", "_weights", "coefficients", "micro_batches", "rows", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -37,6 +39,7 @@ class Report:
         weights: dict[str, Number],
         coefficients: dict[str, float],
         size: tuple[int, int, int],
+        loss_scale: Number | None = None,
     ) -> None:
         self._terms: Callable[[], dict[str, float]] | dict[str, float] = terms
         self._weights = weights
@@ -45,6 +48,8 @@ class Report:
         self._loss: float | None = None
         self._grad_norm: Number | None = None
         self._clip_factor: Number | None = None
+        self._loss_scale = loss_scale
+        self._overflowed: Number = 0.0
         self._skipped: bool | Tensor = False
         self._reason: str | Callable[[], str] | None = None
         self._lr: Number = 0.0
@@ -80,6 +85,14 @@ class Report:
     @property
     def clip_factor(self) -> float | None:
         return None if self._clip_factor is None else float(self._clip_factor)
+
+    @property
+    def loss_scale(self) -> float | None:
+        return None if self._loss_scale is None else float(self._loss_scale)
+
+    @property
+    def overflowed(self) -> bool:
+        return bool(self._overflowed)
 
     @property
     def skipped(self) -> bool:

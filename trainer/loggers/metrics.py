@@ -2,7 +2,7 @@
 
 Lines are of three kinds, told apart by "event"; each has all clocks under their own names ("steps": 12, …):
 
-- "step": loss, terms, weight, grad_norm, clip_factor, lr, skipped, reason, seconds (since the run started)
+- "step": loss, terms, weight, grad_norm, clip_factor, loss_scale (fp16), lr, skipped, reason, seconds (since the start)
 - "skip": the same without seconds
 - "evaluation": metrics (with the loss as "loss"), evaluated_rows, grad_mode, best, seconds (that it took)
 
@@ -132,6 +132,7 @@ def _facts(event: str, report: Report) -> dict[str, Any]:
         "weight": report.weight,
         "grad_norm": report.grad_norm,
         "clip_factor": report.clip_factor,
+        "loss_scale": report.loss_scale,
         "lr": report.lr,
         "skipped": report.skipped,
         "reason": report.reason,

@@ -112,6 +112,8 @@ class TensorBoard:
             scalars["gradient/norm"] = norm
         if factor is not None:
             scalars["gradient/clip_factor"] = factor
+        if report.loss_scale is not None:
+            scalars["gradient/loss_scale"] = report.loss_scale
         self._skips = _skips(clocks)
         scalars["gradient/skips"] = self._skips
         scalars["optimizer/lr"] = report.lr

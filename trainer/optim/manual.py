@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer import kernels
@@ -31,11 +30,11 @@ class Manual(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.update(1.0)
+        self.update()
         return loss
 
-    def update(self, factor: float | Tensor) -> None:
-        """`parameter -= lr * factor * parameter.grad` for each parameter that has a gradient.
+    def update(self) -> None:
+        """`parameter -= lr * parameter.grad` for each parameter that has a gradient.
 
         In two roundings, as the line is written: one pass with alpha=lr would fuse them.
         """
@@ -45,4 +44,4 @@ class Manual(Optimizer):
                 if not parameters:
                     continue
                 gradients = [parameter.grad for parameter in parameters]
-                torch._foreach_sub_(parameters, torch._foreach_mul(gradients, group["lr"] * factor))
+                torch._foreach_sub_(parameters, torch._foreach_mul(gradients, group["lr"]))

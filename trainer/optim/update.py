@@ -83,7 +83,9 @@ class Update:
         """Take the step with gradients times `factor`. Only called when the step is to be taken."""
         optimizer = self.optimizer
         if type(optimizer) is Manual and not kernels.has_hooks(optimizer):
-            optimizer.update(factor)
+            if factor != 1.0:
+                norms.scale(self.gradients(), factor)  # `.grad` is then what the parameters moved by, as everywhere
+            optimizer.update()
             return
         # The kernel divides by the scale, a float32: below 1 it could overflow after the check.
         if 1e-38 < factor <= 1.0 and kernels.can_update_directly(optimizer):
