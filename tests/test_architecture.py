@@ -17,7 +17,7 @@ LAYERS = [
     ["gradient"],
     ["optim", "data", "activations", "diagnose"],
     ["step", "modes", "device"],
-    ["evaluate", "checkpoint", "loggers", "summary", "due"],
+    ["evaluate", "checkpoint", "loggers", "diagnose.health", "summary", "due"],
     ["feed"],
     ["loop"],
     ["config", "verbs"],

@@ -32,9 +32,9 @@ def net() -> nn.Sequential:
 
 def first_step(model: Any, optimizer: Any, objective: Any = mean_square, rows: Tensor = ROWS) -> list[str]:
     found: list[str] = []
-    first = FirstStep(Step(model, objective, optimizer), found.append)
-    first([rows])
-    assert first.is_over
+    over: list[bool] = []
+    FirstStep(Step(model, objective, optimizer), found.append, lambda: over.append(True))([rows])
+    assert over == [True]
     return found
 
 
@@ -166,12 +166,13 @@ def test_a_learning_rate_of_zero_is_taken_as_meant() -> None:
 
 
 def test_it_waits_for_a_step_that_is_taken() -> None:
-    model, found = net(), []
-    first = FirstStep(Step(model, mean_square, sgd(model.parameters(), lr=0.1)), found.append)
+    model, found, over = net(), [], []
+    step = Step(model, mean_square, sgd(model.parameters(), lr=0.1))
+    first = FirstStep(step, found.append, lambda: over.append(True))
     assert first([torch.full((2, 3), float("nan"))]).skipped
-    assert not first.is_over
+    assert over == []
     first([ROWS])
-    assert first.is_over
+    assert over == [True]
     assert found == []
 
 

@@ -393,5 +393,23 @@ def test_checkpoints(tmp_path) -> None:
         assert {path.name for path in (tmp_path / name).iterdir()} == {"model.safetensors", *there}
 
 
+@tries("audit")
+@pytest.mark.parametrize("audit", [True, False])
+def test_the_audit(tmp_path, capsys, audit) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"used": nn.Linear(3, 1), "forgotten": nn.Linear(3, 1)})
+    step = {"data": rows(6), "steps": 3, **QUIET, "console": True, "metrics_file": True, "tensorboard": True}
+    optimizer = sgd(model.parameters(), lr=0.1)
+    stop = Trainer(model, lambda m, pair: MSE(m["used"], pair), optimizer, folder=tmp_path, audit=audit, **step).fit()
+    said = "no gradient reached 'forgotten.weight', 'forgotten.bias': no operation of the forward used it."
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["text"], line["steps"]) for line in lines if line["event"] == "found"] == [(said, 1)] * audit
+    shown = capsys.readouterr().out
+    assert (f"found: {said}" in shown) == audit
+    assert ("gradient: median norm" in shown) == audit == bool(stop.health)
+    found = EventAccumulator(str(tmp_path)).Reload()
+    assert ("found/text_summary" in found.Tags()["tensors"]) == audit
+
+
 def test_every_keyword_has_its_test() -> None:
     assert set(flat_names()) == TRIED

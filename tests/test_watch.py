@@ -36,7 +36,7 @@ def test_a_sound_net_is_not_mentioned(between: type[nn.Module]) -> None:
     said, watch = said_by(nn.Sequential(nn.Linear(4, 16), between(), nn.Linear(16, 16), between(), nn.Linear(16, 2)))
     assert said == []
     assert len(watch.health()) == 1
-    assert watch.health()[0].startswith("norm ")
+    assert watch.health()[0].startswith("median norm ")
 
 
 def test_biases_that_have_no_gradient_by_design_are_not_mentioned() -> None:

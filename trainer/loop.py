@@ -12,6 +12,7 @@ from trainer import modes, rng, summary
 from trainer.checkpoint.run_state import BEST, LAST, RunState
 from trainer.data.sources import Source, source_of
 from trainer.device import device_of, placed
+from trainer.diagnose.health import Health
 from trainer.due import Due
 from trainer.errors import ConfigError, DivergedError, GradientError, TrainerError
 from trainer.evaluate import Evaluation, Metrics
@@ -100,6 +101,7 @@ class Trainer:
             self._device.type,
         )
         self._loggers = Together([*chosen(self.settings.loggers, self.folder), *loggers])
+        self._health = Health(self.step, self._loggers.found, self.settings.audit)
         self.state = RunState(model, self.step, self.settings, self.folder, self.config)
         self.go_on: str | None = None
         self.last_report: Report | None = None
@@ -130,7 +132,7 @@ class Trainer:
             )
         if self.settings.seed is not None and resumed is None and not self.step.clocks.windows:
             rng.seed_all(self.settings.seed)
-        notes = modes.set_train(self.model, self.step.optimizers)
+        notes = [*modes.set_train(self.model, self.step.optimizers), *self._health.notes()]
         self._feed.start()
         self._began = time.monotonic()
         start = self._start(resumed, notes)
@@ -150,8 +152,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the held-out data: the loss and the metrics by name. Nothing else changes."""
-        found, _ = self._evaluate()
-        return found
+        return self._evaluate()[0]
 
     def load(self, path: str | Path) -> None:
         """Put the parameters of a checkpoint, a `model.safetensors` or a run's folder into the model."""
@@ -173,7 +174,7 @@ class Trainer:
         reason = self._reached()
         while reason is None:
             for window in self._feed.windows():
-                report = self.last_report = self.step(window, norms=log.is_near(clocks))
+                report = self.last_report = self._health.step(window, norms=log.is_near(clocks))
                 for tick in ticks:
                     tick()
                 if report._skipped is True:
@@ -229,6 +230,7 @@ class Trainer:
         self._feed.look()
         if report._skipped is not True and report.skipped:
             self._skipped(report)
+        self._health.look(report)
         self._loggers.look(self.step.parameters.by_name, report)
         self._loggers.step(report, time.monotonic() - self._began)
 
@@ -240,8 +242,7 @@ class Trainer:
         return self._evaluation(self.model, self._held_out_batches(self._held_out), self.step.optimizers)
 
     def _held_out_batches(self, source: Source) -> Iterator[Any]:
-        # A generator: a DataLoader draws when it is first asked, which must lie inside the evaluation.
-        yield from source.micro_batches(0, 0, 0)
+        yield from source.micro_batches(0, 0, 0)  # a DataLoader draws when first asked: inside the evaluation
 
     def _evaluated(self, due: bool = True) -> None:
         began = time.monotonic()
@@ -292,6 +293,7 @@ class Trainer:
                 best=self.state.best,
                 files=files,
                 go_on=self.go_on if "checkpoint" in files else None,
+                health=self._health.words(),
             )
             self._loggers.stop(stop)
         return stop

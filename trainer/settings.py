@@ -165,6 +165,9 @@ class Settings:
         "fp32", "fp32, bf16 or fp16 (autocast, parameters stay float32; fp16 with a loss scale), or fp64"
     )
     tf32: bool = setting(False, "let CUDA multiply float32 matrices in TF32")
+    audit: bool = setting(
+        True, "name parameters that get no gradient or do not move, and gradients that vanish, explode or stop coming"
+    )
     gradient: GradientSettings = Field(default_factory=GradientSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     activation_checkpointing: ActivationCheckpointingSettings = Field(default_factory=ActivationCheckpointingSettings)

@@ -80,19 +80,20 @@ class FirstStep:
     Args:
         step: the run's.
         found: what each finding is told to.
+        over: called when it was.
     """
 
-    def __init__(self, step: Any, found: Callable[[str], None]) -> None:
+    def __init__(self, step: Any, found: Callable[[str], None], over: Callable[[], None]) -> None:
         self._step = step
         self._found = found
-        self.is_over = False
+        self._over = over
 
     def __call__(self, window: Sequence[Any], norms: bool = False) -> Report:
         parameters = self._step.parameters.by_name
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         report: Report = self._step(window, norms=norms)
         if not report.skipped:
-            self.is_over = True
+            self._over()
             forward = Forward(self._step.model, self._step.objective, window[0], parameters)
             for finding in (*without_gradient(parameters, forward), *not_moved(before, parameters, report.lr)):
                 self._found(finding)

@@ -48,7 +48,7 @@ class Watch:
         return [
             *self._vanished(parameters, sizes, step),
             *self._stale(parameters, sizes, step),
-            *self._exploded(gradients, sizes, step),
+            *self._exploded(report, gradients, sizes),
         ]
 
     def health(self) -> list[str]:
@@ -58,7 +58,7 @@ class Watch:
         said = []
         if self._norms:
             low, high = min(self._norms), max(self._norms)
-            said.append(f"norm {statistics.median(self._norms):.3g} in the middle, from {low:.3g} to {high:.3g}")
+            said.append(f"median norm {statistics.median(self._norms):.3g}, between {low:.3g} and {high:.3g}")
         for word in ("vanished", "exploded", "stopped"):
             names = [name for what, _, name in (key.partition(" ") for key in sorted(self._said)) if what == word]
             if names:
@@ -92,15 +92,17 @@ class Watch:
         new = [name for name, count in self._missing.items() if count >= IN_A_ROW and self._is_new(f"stopped {name}")]
         return [f"no gradient reaches {listed(new)} any more, at step {step:,}; before, one did."] if new else []
 
-    def _exploded(self, gradients: Mapping[str, Tensor], sizes: Mapping[str, float], step: int) -> list[str]:
-        norm = math.hypot(*(size * math.sqrt(gradients[name].numel()) for name, size in sizes.items()))
+    def _exploded(self, report: Report, gradients: Mapping[str, Tensor], sizes: Mapping[str, float]) -> list[str]:
+        norm = report.grad_norm
+        if norm is None:
+            norm = math.hypot(*(size * math.sqrt(gradients[name].numel()) for name, size in sizes.items()))
         usual = statistics.median(self._norms) if len(self._norms) >= IN_A_ROW else math.inf
         self._norms.append(norm)
         if norm <= EXPLODED * usual or not self._is_new("exploded"):
             return []
         return [
-            f"the gradient exploded: its norm is {norm:.3g} at step {step:,}, {norm / usual:.0f} times the usual "
-            f"{usual:.3g}."
+            f"the gradient exploded: its norm is {norm:.3g} at step {report.clocks.get('steps', 0):,}, "
+            f"{norm / usual:.0f} times the usual {usual:.3g}."
         ]
 
     def _is_new(self, what: str) -> bool:

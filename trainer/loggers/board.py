@@ -38,7 +38,7 @@ def heads(new_event: Any, begin: int, config: dict[str, Any]) -> list[Any]:
     start = new_event(step=begin, session_log=SessionLog(status=SessionLog.START))
     found = [new_event(file_version="brain.Event:2"), start]
     if config:
-        found += [_text(new_event, begin, "config", f"```yaml\n{_yaml(config)}```"), _session_start(new_event, config)]
+        found += [text(new_event, begin, "config", f"```yaml\n{_yaml(config)}```"), _session_start(new_event, config)]
     return found
 
 
@@ -89,12 +89,13 @@ def histograms(new_event: Any, step: int, found: Mapping[str, Sequence[Sequence[
     return event
 
 
-def _text(new_event: Any, step: int, name: str, text: str) -> Any:
+def text(new_event: Any, step: int, name: str, words: str) -> Any:
+    """Words for the TEXT tab; what comes later under the same name is shown beside it, by its step."""
     from tensorboard.plugins.text import metadata
 
     event = new_event(step=step)
     value = event.summary.value.add(tag=f"{name}/text_summary", metadata=metadata.create_summary_metadata(name, ""))
-    _fill(value.tensor, text.encode())
+    _fill(value.tensor, words.encode())
     return event
 
 

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from trainer.gradient.report import Report
-from trainer.loggers.events import Evaluated, Start, Stop
+from trainer.loggers.events import Evaluated, Found, Start, Stop
 from trainer.loggers.rate import Rate
 from trainer.loggers.screen import Allowance, Pace, Screen
 
@@ -129,6 +129,10 @@ class Console:
             if self._counts.due():
                 self._count_skips()
 
+    def found(self, event: Found) -> None:
+        if self._screen is not None:
+            self._say(self._screen.paint(f"found: {event.text}", "yellow"))
+
     def stop(self, event: Stop) -> None:
         screen = self._screen
         if screen is None:
@@ -152,6 +156,8 @@ class Console:
         if event.best is not None:
             name, value, step = event.best
             screen.line(screen.paint(f"  best: {name} {_number(value)} at step {step:,}", "green"))
+        if event.health:
+            screen.line(f"  gradient: {'; '.join(event.health)}")
         width = max((len(name) for name in event.files), default=0)
         for name, path in event.files.items():
             screen.line(f"  {name.ljust(width)}  {path}")

@@ -4,7 +4,8 @@
 so that what reads a device value is paid for seldom. A logger may also have `tick()`, called after every window
 without any value: what draws a bar needs no more. It may have `look(parameters, report)`, called before `step`: the
 parameters under training by name, after the window's step, with their gradients as the optimizer left them (torch's
-leave the one that the step was taken with, clipped where it was). And it may have `flush()`, called before a checkpoint
+leave the one that the step was taken with, clipped where it was). It may have `found(event)`: something about the
+gradient that a person should know, said once. And it may have `flush()`, called before a checkpoint
 is saved: what it keeps in line must then be in its file, or a run killed later and resumed from there would miss it.
 Nothing else in the package prints.
 """
@@ -53,6 +54,15 @@ class Evaluated:
     """Whether this is the best so far by `best.metric`."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the audit of the first step, or the watch over gradients, has found."""
+
+    text: str
+    """One sentence."""
+    clocks: dict[str, int]
+
+
 @dataclass(frozen=True, repr=False)
 class Stop:
     """How the run ended."""
@@ -70,6 +80,8 @@ class Stop:
     """What lies where: {"model": …, "checkpoint": …, "best": …, "metrics": …, "tensorboard": …}."""
     go_on: str | None = None
     """The words that continue the run, where it can go on."""
+    health: list[str] = field(default_factory=list)
+    """How the gradient did, in words."""
 
     def __repr__(self) -> str:
         said = [f"{self.reason}: {self.clocks.get('steps', 0)} steps, {self.skips} skips, {self.seconds:.1f} s"]

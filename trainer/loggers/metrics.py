@@ -1,9 +1,10 @@
 """metrics.jsonl: what happened, one JSON object a line, for reading with anything.
 
-Lines are of three kinds, told apart by "event"; each has all clocks under their own names ("steps": 12, …):
+Lines are of four kinds, told apart by "event"; each has all clocks under their own names ("steps": 12, …):
 
 - "step": loss, terms, weight, grad_norm, clip_factor, loss_scale (fp16), lr, skipped, reason, seconds (since the start)
 - "skip": the same without seconds
+- "found": text, a sentence about the gradient that is said once
 - "evaluation": metrics (with the loss as "loss"), evaluated_rows, grad_mode, best, seconds (that it took)
 
 What is not a finite number is null, as JSON has no word for it, and "nonfinite" says which and what it was:
@@ -18,7 +19,7 @@ from typing import Any
 
 from trainer.errors import ConfigError, TrainerError
 from trainer.gradient.report import Report
-from trainer.loggers.events import Evaluated, Start, Stop
+from trainer.loggers.events import Evaluated, Found, Start, Stop
 from trainer.loggers.files import RecordFile, make_folder
 
 NAME = "metrics.jsonl"
@@ -66,6 +67,9 @@ class Metrics:
 
     def skip(self, report: Report) -> None:
         self._write(_facts("skip", report))
+
+    def found(self, event: Found) -> None:
+        self._write({"event": "found", **event.clocks, "text": event.text})
 
     def stop(self, event: Stop) -> None:
         self._close()

@@ -18,7 +18,7 @@ from trainer.errors import ConfigError, TrainerError
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.report import Report
 from trainer.loggers import board, layers
-from trainer.loggers.events import Evaluated, Start, Stop
+from trainer.loggers.events import Evaluated, Found, Start, Stop
 from trainer.loggers.files import RecordFile, make_folder
 from trainer.loggers.memory import Memory
 from trainer.loggers.rate import Rate
@@ -158,6 +158,9 @@ class TensorBoard:
 
     def skip(self, report: Report) -> None:
         """Nothing at once: the next step's `gradient/skips` counts it, or the end does."""
+
+    def found(self, event: Found) -> None:
+        self._add(board.text(self._new_event, self._step_of(event.clocks), "found", event.text))
 
     def stop(self, event: Stop) -> None:
         try:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.gradient.report import Report
-from trainer.loggers.events import Evaluated, Start, Stop
+from trainer.loggers.events import Evaluated, Found, Start, Stop
 
 EVENTS = ("start", "step", "evaluate", "skip", "stop")
 
@@ -21,7 +21,7 @@ class Together:
     def __init__(self, loggers: Sequence[Any]) -> None:
         self.loggers = list(loggers)
         for logger in self.loggers:
-            if not any(callable(getattr(logger, event, None)) for event in (*EVENTS, "tick", "look")):
+            if not any(callable(getattr(logger, event, None)) for event in (*EVENTS, "tick", "look", "found")):
                 raise ConfigError(
                     f"the logger {type(logger).__name__} listens to nothing: give it one of {', '.join(EVENTS)}."
                 )
@@ -53,6 +53,11 @@ class Together:
     def skip(self, report: Report) -> None:
         for logger in self._listening["skip"]:
             logger.skip(report)
+
+    def found(self, event: Found) -> None:
+        for logger in self.loggers:
+            if callable(getattr(logger, "found", None)):
+                logger.found(event)
 
     def flush(self) -> None:
         """What loggers keep in line goes to their files, or a run that goes on from the checkpoint would miss it."""

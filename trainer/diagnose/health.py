@@ -1,0 +1,50 @@
+"""A run's audit and its watch over gradients: what they find is told to the loggers, each thing once."""
+
+from collections.abc import Callable
+from typing import Any
+
+from trainer.diagnose.audit import FirstStep, wiring
+from trainer.diagnose.watch import Watch
+from trainer.gradient.report import Report
+from trainer.loggers.events import Found
+
+
+class Health:
+    """Stands around a run's step.
+
+    Args:
+        step: the run's.
+        tell: what hears of each finding.
+        is_on: whether to look at all (`audit`).
+
+    Attributes:
+        step: what the run calls for its steps: the audit until a first one was taken, from then on the step itself.
+    """
+
+    def __init__(self, step: Any, tell: Callable[[Found], None], is_on: bool) -> None:
+        self._step = step
+        self._tell = tell
+        self._watch = Watch() if is_on else None
+        self.step: Callable[..., Report] = step
+        if is_on and not step.clocks.windows:
+            self.step = FirstStep(step, self._found, self._is_over)
+
+    def notes(self) -> list[str]:
+        """What can be said before the first step."""
+        return wiring(self._step.model, self._step.parameters.by_name) if self._watch is not None else []
+
+    def look(self, report: Report) -> None:
+        """Now and then, when a report is read anyway."""
+        if self._watch is not None:
+            for finding in self._watch.look(self._step.parameters.by_name, report):
+                self._found(finding)
+
+    def words(self) -> list[str]:
+        """How the gradient did, for the run's end."""
+        return self._watch.health() if self._watch is not None else []
+
+    def _is_over(self) -> None:
+        self.step = self._step
+
+    def _found(self, text: str) -> None:
+        self._tell(Found(text, self._step.clocks.as_dict()))
