@@ -230,3 +230,26 @@ def test_the_total_is_taken_where_the_models_own_loss_is_narrower_than_its_logit
     objective = model_loss()
     assert isinstance(objective(model, WINDOW[0]), Tensor)
     assert isinstance(objective(model.double(), WINDOW[0]), Sum)
+
+
+def test_a_weight_that_is_asked_for_before_the_first_forward_is_measured_without_a_trace():
+    class Normed(Tagger):
+        def __init__(self) -> None:
+            super().__init__("shifted")
+            self.norm = nn.BatchNorm1d(5)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, input_ids, labels=None, attention_mask=None):
+            self.norm(self.table(input_ids).flatten(0, 1))
+            self.drop(torch.ones(3))
+            return super().forward(input_ids, labels)
+
+    torch.manual_seed(0)
+    model = Normed()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.get_rng_state()
+    step = step_of(model)
+    assert step.objective.weight(WINDOW[1]) == (WINDOW[1]["labels"][:, 1:] != -100).sum()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    assert all(parameter.grad is None for parameter in model.parameters())

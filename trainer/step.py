@@ -66,7 +66,7 @@ class Step:
         **toggles: Any,
     ) -> None:
         self.model = model
-        self.objective = as_objective(objective)
+        self.objective = as_objective(objective, model)
         self.optimizers = as_optimizers(optimizer)
         self.settings = step_settings(gradient, toggles)
         self.ranks: Ranks = ranks or OneProcess()

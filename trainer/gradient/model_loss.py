@@ -13,10 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trainer import rng
 from trainer.errors import ConfigError, ObjectiveError, did_you_mean
 from trainer.gradient.objective import Sum
 from trainer.gradient.readings import READINGS, Reading, are_classes
 from trainer.gradient.report import FREE_READS, Number
+from trainer.gradient.skips import KeptBuffers
 from trainer.gradient.weights import first_tensor, host_number
 
 _LABELS = ("labels", "shift_labels")
@@ -42,6 +44,11 @@ class ModelLoss:
         self._guess: Reading | None = None  # while the first loss is not finite: that window is skipped in any case
         self._place: tuple[Any, Any] = (None, None)  # of the labels in a micro-batch, of the logits in an output
         self._calls = 0
+        self._model: Any = None
+
+    def bind(self, model: Any) -> None:
+        """The step's model: it is run once more where a weight is asked for before its first forward."""
+        self._model = model
 
     @property
     def what(self) -> str:
@@ -81,6 +88,8 @@ class ModelLoss:
             return float(len(first_tensor(micro_batch)))
         if self._told is not None:
             return host_number(READINGS[self._told].count(self._labels(micro_batch), self._ignore_index))
+        if self._reading is None and self._guess is None and self._model is not None:
+            self._measure(micro_batch)
         reading = self._reading or self._guess
         if reading is None:
             raise ObjectiveError(
@@ -99,6 +108,15 @@ class ModelLoss:
         if not found:
             raise ObjectiveError(f"the micro-batch ({type(micro_batch).__name__}) holds no labels to count.")
         return found[0][1]
+
+    def _measure(self, micro_batch: Any) -> None:
+        """Look by a forward of its own that leaves no trace: ranks sum their weights before the first forward."""
+        buffers = KeptBuffers(self._model)
+        buffers.keep()
+        with rng.preserved(), torch.enable_grad():
+            output = _output(self._model, micro_batch)
+        buffers.put_back()
+        self._look(_loss(output), output, micro_batch, self._model)
 
     def _look(self, loss: Tensor, output: Any, micro_batch: Any, model: Any) -> None:
         """Find the reading that gives the model's loss, or hold the one that was found against it."""

@@ -223,8 +223,13 @@ def supervised(loss: Callable[..., Tensor]) -> Supervised:
     return Supervised(loss, counter_of(loss))
 
 
-def as_objective(objective: Any) -> Any:
-    """The objective itself; one that is a loss of torch is taken as `supervised(loss)`, which is what is meant."""
+def as_objective(objective: Any, model: Any) -> Any:
+    """The objective itself; one that is a loss of torch is taken as `supervised(loss)`, which is what is meant.
+
+    An objective with a method `bind(model)` is given the model.
+    """
+    if callable(bind := getattr(objective, "bind", None)):
+        bind(model)
     inner = objective
     while isinstance(inner, functools.partial):
         inner = inner.func
