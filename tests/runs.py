@@ -1,5 +1,6 @@
 """Small runs of every kind, for the tests of the loop and of its checkpoints."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trainer import Report, Step, Sum, Trainer, supervised
+from trainer.checkpoint import manifest, store
+from trainer.checkpoint.folder import found
 from trainer.optim import Manual, adamw, cosine, sgd
 
 QUIET = {"console": False, "tensorboard": False, "metrics_file": False}
@@ -126,6 +129,24 @@ def bits(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [bits(item) for item in value]
     return value.hex() if isinstance(value, float) else value
+
+
+def saved(folder: Path, which: str = "last") -> dict[str, Any]:
+    """The state in a run's last checkpoint, or in its best."""
+    return store.load(found(folder / which))
+
+
+def forged(path: Path, files: dict[str, bytes], names: dict[str, str] | None = None) -> None:
+    """A checkpoint made by hand, with the right hashes; `names` are what the manifest calls its files."""
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    entries = {
+        (names or {}).get(name, name): manifest.Entry(len(content), hashlib.sha256(content).hexdigest())
+        for name, content in files.items()
+    }
+    whole = manifest.Manifest(1, {"steps": 1}, None, entries)
+    (path / manifest.NAME).write_bytes(whole.encoded())
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -175,9 +175,7 @@ def test_shell_completion_knows_the_verb(here, capsys, monkeypatch):
 def test_a_run_goes_into_its_folder_and_the_same_command_goes_on(here, capsys):
     folder = here / "outputs" / "mine" / "a"
     assert mine("run=a") == 0
-    assert {"last.safetensors", "model.safetensors", "metrics.jsonl", ".hydra"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {"checkpoints", "model.safetensors", "metrics.jsonl", ".hydra"} <= {path.name for path in folder.iterdir()}
     assert mine("run=a", "limits.epochs=5") == 0
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluated = [event["epochs"] for event in events if event["event"] == "evaluation"]

@@ -7,11 +7,12 @@ import traceback
 
 import pytest
 import torch
-from runs import MSE, QUIET, Interrupted, Line, bits, error, lines, net, rows, trainer_of
+from runs import MSE, QUIET, Interrupted, Line, bits, error, lines, net, rows, saved, trainer_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainer import (
+    CheckpointError,
     ConfigError,
     DataError,
     DivergedError,
@@ -19,12 +20,13 @@ from trainer import (
     Settings,
     Step,
     Trainer,
-    TrainerError,
     rng,
     supervised,
 )
-from trainer.checkpoint import contents, store
-from trainer.checkpoint.run_state import BEST, LAST, MODEL
+from trainer.checkpoint import contents
+from trainer.checkpoint.finished import MODEL
+from trainer.checkpoint.folder import last
+from trainer.checkpoint.run_state import BEST, LAST
 from trainer.optim import Manual, sgd
 
 
@@ -142,7 +144,7 @@ def test_a_run_that_only_skips_has_diverged_and_its_last_checkpoint_is_left_alon
         objective=sometimes, folder=tmp_path, steps=3, skips_in_a_row=5, nonfinite=nonfinite, loggers=[watches]
     )
     trainer.fit()
-    before = {name: (tmp_path / name).read_bytes() for name in (LAST, MODEL)}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     parameters = bits(contents.model_state(trainer.model))
     broken = True
     with_limits(trainer, steps=100)
@@ -151,7 +153,7 @@ def test_a_run_that_only_skips_has_diverged_and_its_last_checkpoint_is_left_alon
     )
     with pytest.raises(DivergedError, match=sentence if nonfinite == "skip" else "nonfinite=raise stops here"):
         trainer.fit()
-    assert {name: (tmp_path / name).read_bytes() for name in (LAST, MODEL)} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert bits(contents.model_state(trainer.model)) == parameters
     stop = watches.events[-1][1]
     assert stop.reason.startswith("stopped by DivergedError")
@@ -202,10 +204,10 @@ def test_ctrl_c_gives_the_window_up_and_the_run_goes_on_as_if_nothing_was(forwar
     done = stopped.step.clocks.steps
     assert done == {1: 0, 2: 0, 4: 1, 9: 3}[forward]
     assert not stopped.step.is_torn
-    assert (tmp_path / LAST).exists() is (done > 0)
+    assert (last(tmp_path) is not None) is (done > 0)
     if done:
-        assert store.load(tmp_path / LAST)["step"]["clocks"]["steps"] == done
-        assert bits(store.load(tmp_path / LAST)["model"]) == bits(contents.model_state(stopped.model))
+        assert saved(tmp_path)["step"]["clocks"]["steps"] == done
+        assert bits(saved(tmp_path)["model"]) == bits(contents.model_state(stopped.model))
     else:
         assert bits(contents.model_state(stopped.model)) == before
     stopped.fit()
@@ -236,14 +238,14 @@ def test_a_step_that_was_cut_off_inside_the_update_is_not_saved(tmp_path) -> Non
     two[0].left = 5
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
-    state = store.load(tmp_path / LAST)
+    state = saved(tmp_path)
     assert state["step"]["clocks"]["steps"] == 4
     assert not torch.equal(state["model"]["weight"], model.weight), "the parameters went on by half a step"
     assert not (tmp_path / MODEL).exists()
     assert watches.events[-1][1].reason == "stopped by Ctrl-C"
     with pytest.raises(GradientError, match="the last step was cut off while its parameters were being changed"):
         trainer.fit()
-    assert store.load(tmp_path / LAST)["step"]["clocks"]["steps"] == 4
+    assert saved(tmp_path)["step"]["clocks"]["steps"] == 4
     trainer.fit(resume="auto")
     torch.manual_seed(0)
     fresh = nn.Linear(3, 1)
@@ -265,7 +267,7 @@ def test_a_users_own_error_keeps_its_traceback_and_the_state_before_it_is_saved(
     assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "mine"
     assert watches.names()[-1] == "stop"
     assert watches.events[-1][1].reason == "stopped by LookupError"
-    assert store.load(tmp_path / LAST)["step"]["clocks"]["steps"] == 2
+    assert saved(tmp_path)["step"]["clocks"]["steps"] == 2
 
 
 def test_an_error_in_the_data_inside_a_window_takes_no_part_of_it() -> None:
@@ -381,11 +383,12 @@ def test_every_logger_is_told_the_end_also_where_another_or_the_disk_fails(tmp_p
     with pytest.raises(OSError, match="no space"):
         simple(steps=1, loggers=[Fails(), watches]).fit()
     assert watches.names()[-1] == "stop"
-    (tmp_path / "file").write_text("")
+    (tmp_path / "checkpoints").write_text("")
     watches = Watches()
-    with pytest.raises(TrainerError, match=r"last\.safetensors could not be written"):
-        simple(steps=1, folder=tmp_path / "file", loggers=[watches]).fit()
+    with pytest.raises(CheckpointError, match="step-000001 could not be written"):
+        simple(steps=1, folder=tmp_path, loggers=[watches]).fit()
     assert watches.names()[-1] == "stop"
+    assert (tmp_path / MODEL).exists(), "the model has a file of its own"
 
 
 def test_a_logger_that_cannot_start_ends_the_run_and_the_others(tmp_path) -> None:
@@ -415,14 +418,15 @@ def test_what_lies_in_the_folder_at_the_end(tmp_path) -> None:
     trainer.go_on = "the words"
     stop = trainer.fit()
     assert {name: path.name for name, path in stop.files.items()} == {
-        "model": MODEL, "checkpoint": LAST, "best": BEST, "metrics": "metrics.jsonl", "tensorboard": "run",
+        "model": MODEL, "checkpoint": "step-000008", "best": "step-000008", "metrics": "metrics.jsonl",
+        "tensorboard": "run",
     }  # fmt: skip
     assert stop.go_on == "the words"
     found = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert [name for name in found if not name.startswith("events.out.tfevents")] == sorted(
-        [MODEL, LAST, BEST, "metrics.jsonl"]
+        [MODEL, "checkpoints", "metrics.jsonl"]
     )
-    assert len(found) == 5
+    assert len(found) == 4
     assert [line["event"] for line in lines(tmp_path / "run")] == ["step", "evaluation", "step", "evaluation"]
 
 
@@ -441,7 +445,7 @@ def test_the_best_checkpoint_is_of_the_best_evaluation(tmp_path) -> None:
     assert stop.best[2] == 6
     trainer.load(tmp_path / BEST)
     assert trainer.evaluate()["loss"] == stop.best[1]
-    assert store.load(tmp_path / LAST)["best"] == stop.best
+    assert saved(tmp_path)["run"]["best"] == stop.best
 
 
 # What is left alone.
@@ -638,7 +642,7 @@ def test_precisions_end_to_end(precision, tmp_path) -> None:
         stop = trainer.fit()
         assert stop.metrics["loss"] < 0.1
         assert all(parameter.dtype is dtype for parameter in model.parameters())
-        assert store.load(tmp_path / LAST)["model"]["weight"].dtype is dtype
+        assert saved(tmp_path)["model"]["weight"].dtype is dtype
     assert seen == {(torch.float64, torch.float64)} if precision == "fp64" else {(torch.float32, torch.bfloat16)}
 
 

@@ -1,21 +1,20 @@
-"""How a checkpoint is stored: what went in comes out, the old file or the new one, and nothing is ever unpickled."""
+"""How a checkpoint is stored: what went in comes out, all of it or nothing, and nothing is ever unpickled."""
 
-import json
 import math
 import os
-import pickle
 import stat
-import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from runs import forged
+from safetensors.torch import load_file, save
 
-from trainer.checkpoint import store
+import trainer
+from trainer.checkpoint import disk, manifest, store
+from trainer.checkpoint.nested import snapshot
 from trainer.errors import CheckpointError
 
 
@@ -101,9 +100,28 @@ def test_what_was_loaded_is_not_the_file(tmp_path) -> None:
     store.save(tmp_path / "state", {"a": torch.ones(1000)})
     loaded = store.load(tmp_path / "state")["a"]
     loaded.add_(1)
-    with (tmp_path / "state").open("r+b") as file:
-        file.truncate(0)
+    for path in (tmp_path / "state").iterdir():
+        path.write_bytes(b"")
     assert loaded.sum() == 2000
+
+
+def test_the_parts_of_a_state_have_files_of_their_own_that_the_library_reads(tmp_path) -> None:
+    state = {
+        "model": {"0.weight": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)},
+        "optimizers": [{"state": {0: {"exp_avg": torch.ones(2)}}, "lr": 0.1}],
+        "rng": {"torch": torch.arange(3, dtype=torch.uint8)},
+        "ranks": [{"own": torch.zeros(1)}, {"own": torch.ones(1), "n": 1}, {}],
+    }
+    store.save(tmp_path / "state", state)
+    assert equal(store.load(tmp_path / "state"), state)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [
+        "manifest.json", "model.safetensors", "optimizers.safetensors", "rank-00000.safetensors",
+        "rank-00001.safetensors", "rest.safetensors", "state.json",
+    ]  # fmt: skip
+    assert equal(
+        load_file(tmp_path / "state" / "model.safetensors"), {name: state["model"][name] for name in ("n", "0.weight")}
+    )
+    assert equal(load_file(tmp_path / "state" / "rank-00001.safetensors"), {"own": torch.ones(1)})
 
 
 @pytest.mark.parametrize(
@@ -128,199 +146,126 @@ def test_a_sparse_tensor_is_refused_with_a_sentence(tmp_path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-# Atomic.
+# All or nothing.
 
 
-def test_a_new_file_takes_the_place_of_the_old_one_and_folders_are_made(tmp_path) -> None:
+def test_folders_are_made_and_what_is_there_is_never_overwritten(tmp_path) -> None:
     path = tmp_path / "not" / "there" / "state"
-    for value in (1, 2):
-        store.save(path, {"a": torch.full((1000 * value,), value)})
-        assert store.load(path)["a"].sum() == 1000 * value * value
-    assert os.listdir(path.parent) == ["state"]
-
-
-FULL = """
-import resource, sys
-from pathlib import Path
-import torch
-from trainer.checkpoint import store
-from trainer.errors import CheckpointError
-path = Path(sys.argv[1])
-store.save(path, {"a": torch.ones(100)})
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-try:
-    store.save(path, {"a": torch.zeros(1_000_000)})
-except CheckpointError as error:
-    print(error)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
-def test_a_disk_that_is_full_leaves_the_old_file_and_no_other(tmp_path) -> None:
-    path = tmp_path / "state"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert f"{path} could not be written" in done.stdout
-    assert "it needs 4000000 bytes" in done.stdout
-    assert f"{path} could not be written (" in done.stdout
-    assert "What was saved before is untouched." in done.stdout
-    assert torch.equal(store.load(path)["a"], torch.ones(100))
-    assert os.listdir(tmp_path) == ["state"]
-
-
-def test_a_write_that_is_interrupted_leaves_the_old_file_and_no_other(tmp_path) -> None:
-    path = tmp_path / "state"
     store.save(path, {"a": 1})
-
-    def write(name: str) -> None:
-        with open(name, "wb") as file:
-            file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.replace(path, write, 4)
+    with pytest.raises(CheckpointError, match="state could not be written .*state is there already"):
+        store.save(path, {"a": 2})
     assert store.load(path) == {"a": 1}
-    assert os.listdir(tmp_path) == ["state"]
-
-
-def test_a_folder_that_is_a_file_is_a_sentence(tmp_path) -> None:
+    assert os.listdir(path.parent) == ["state"]
     (tmp_path / "file").write_text("text")
-    with pytest.raises(CheckpointError, match=r"file/state could not be written"):
-        store.save(tmp_path / "file" / "state", {"a": 1})
+    for taken in (tmp_path / "file", tmp_path / "file" / "state"):
+        with pytest.raises(CheckpointError, match="could not be written"):
+            store.save(taken, {"a": 1})
     assert (tmp_path / "file").read_text() == "text"
+    assert sorted(os.listdir(tmp_path)) == ["file", "not"]
 
 
-def test_a_folder_in_the_files_place_is_a_sentence(tmp_path) -> None:
-    (tmp_path / "state" / "inner").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="could not be written"):
-        store.save(tmp_path / "state", {"a": 1})
-    assert os.listdir(tmp_path) == ["state"]
+def test_what_a_label_says_is_in_the_manifest(tmp_path) -> None:
+    label = store.Label(7, {"steps": 3, "micro_batches": 12}, ("loss", 0.25), world=2)
+    store.save(tmp_path / "state", {"a": torch.ones(3)}, label)
+    found = manifest.read(tmp_path / "state")
+    assert (found.number, found.clocks, found.best, found.world) == (7, label.clocks, ("loss", 0.25), 2)
+    assert found.version == trainer.__version__
+    assert found.size == sum(
+        path.stat().st_size for path in (tmp_path / "state").iterdir() if path.name != manifest.NAME
+    )
 
 
-def test_a_folder_that_vanishes_while_writing_is_a_sentence(tmp_path) -> None:
-    folder = tmp_path / "folder"
+def test_the_same_state_is_told_from_another(tmp_path) -> None:
+    state = {"model": {"w": torch.arange(5.0)}, "n": 1}
+    store.save(tmp_path / "state", state)
+    written = manifest.read(tmp_path / "state")
+    assert store.is_same(snapshot(state), written)
+    for other in (
+        {"model": {"w": torch.arange(5.0).add_(1e-7)}, "n": 1},
+        {"model": {"w": torch.arange(5.0)}, "n": 2},
+        {"model": {"w": torch.arange(5.0)}, "n": 1, "rest": torch.ones(1)},
+        {"n": 1},
+    ):
+        assert not store.is_same(snapshot(other), written)
 
-    def write(name: str) -> None:
-        os.unlink(name)
-        folder.rmdir()
-        open(name, "wb").close()
 
-    with pytest.raises(CheckpointError, match="could not be written"):
-        store.replace(folder / "state", write, 4)
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch) -> None:
+    write, calls = disk.write, []
+
+    def interrupted(path, pieces):
+        calls.append(path.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return write(path, pieces)
+
+    monkeypatch.setattr(disk, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(tmp_path / "state", {"model": {"w": torch.ones(2)}, "a": torch.ones(1)})
+    assert len(calls) == 3
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path) -> None:
+    path = tmp_path / "made" / "model.safetensors"
+    for value in (1.0, 2.0):
+        store.replace(path, {"w": torch.full((3,), value)})
+        assert load_file(path)["w"].tolist() == [value] * 3
+    assert os.listdir(path.parent) == [path.name]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors could not be written .* it needs 12 bytes, \d+ are free"
+    ):
+        store.replace(path, {"w": torch.ones(3)})
+    assert os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path, mask) -> None:
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, mask) -> None:
     before = os.umask(mask)
     try:
         store.save(tmp_path / "state", {"a": torch.ones(1)})
+        store.replace(tmp_path / "model", {"a": torch.ones(1)})
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o666 & ~mask
+    for path in [tmp_path / "model", *(tmp_path / "state").iterdir()]:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o777 & ~mask
 
 
-# Damaged, hostile, something else.
+# Something else.
 
 
-@pytest.fixture
-def whole(tmp_path) -> bytes:
-    store.save(tmp_path / "whole", {"a": torch.arange(50.0), "b": [1, 2.5, "text"], "c": {"d": torch.ones(2)}})
-    return (tmp_path / "whole").read_bytes()
-
-
-def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, whole) -> None:
-    path = tmp_path / "short"
-    for end in [*range(0, 24), *range(24, len(whole), 7), len(whole) - 1]:
-        path.write_bytes(whole[:end])
-        with pytest.raises(CheckpointError, match="short cannot be read as a checkpoint"):
-            store.load(path)
-
-
-def test_a_changed_header_is_refused_or_harmless(tmp_path, whole) -> None:
-    path = tmp_path / "changed"
-    length = int.from_bytes(whole[:8], "little")
-    for place in range(0, 8 + length, 2):
-        for other in (0, 255, ord('"')):
-            path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
-            try:
-                store.load(path)
-            except CheckpointError as error:
-                assert "changed" in str(error)
-
-
-class Evil:
-    """Writes a file where it is unpickled."""
-
-    def __init__(self, proof) -> None:
-        self.proof = proof
-
-    def __reduce__(self):
-        return (exec, (f"open({str(self.proof)!r}, 'w').close()",))
-
-
-def foreign(kind: str, path, proof) -> None:
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(Evil(proof)))
-    elif kind == "torch":
-        torch.save({"model": Evil(proof)}, path)
-    elif kind == "zip":
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("state", "{}")
-    elif kind == "folder":
+@pytest.mark.parametrize("kind", ["file", "nothing", "empty folder", "run"])
+def test_what_is_no_checkpoint_is_told(tmp_path, kind) -> None:
+    path = tmp_path / "it"
+    if kind == "file":
+        path.write_text("text")
+    elif kind != "nothing":
         path.mkdir()
-    else:
-        path.write_bytes({"empty": b"", "text": b"a" * 300, "noise": bytes(range(256)) * 4, "long": b"\xff" * 8}[kind])
-
-
-@pytest.mark.parametrize("kind", ["empty", "text", "noise", "long", "pickle", "torch", "zip", "folder"])
-def test_what_is_something_else_is_refused_and_never_unpickled(tmp_path, kind) -> None:
-    path, proof = tmp_path / "foreign", tmp_path / "proof"
-    foreign(kind, path, proof)
-    with pytest.raises(CheckpointError, match="foreign cannot be read as a checkpoint"):
+        if kind == "run":
+            (path / "model.safetensors").write_text("")
+    sentence = {"file": "it is a file: a checkpoint is a folder", "nothing": "it is not there: name a checkpoint that"}
+    with pytest.raises(CheckpointError, match=sentence.get(kind, "it is no checkpoint: it has no manifest.json")):
         store.load(path)
-    with pytest.raises(CheckpointError, match="foreign cannot be read"):
-        store.is_checkpoint(path)
-    assert not proof.exists()
-
-
-def test_a_file_that_is_not_there(tmp_path) -> None:
-    with pytest.raises(CheckpointError, match="nothing is not there: name a checkpoint that exists"):
-        store.load(tmp_path / "nothing")
-
-
-def test_safetensors_of_somebody_else_are_told_apart(tmp_path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "bare", metadata={"format": "pt"})
-    assert not store.is_checkpoint(tmp_path / "bare")
-    with pytest.raises(CheckpointError, match="bare is no checkpoint of this trainer: it holds tensors without"):
-        store.load(tmp_path / "bare")
-    store.save(tmp_path / "own", {})
-    assert store.is_checkpoint(tmp_path / "own")
 
 
 STATES = [
-    "3", "null", "{}", '{"tensor": "missing"}', '{"tensor": ["a"]}', '{"mapping": 3}', '{"mapping": [1, 2]}',
+    "", "nonsense", "[]", "1", "null", "{}", '{"mapping": 3}', '{"mapping": [1, 2]}', '{"mapping": [["a"]]}',
+    '{"mapping": [["a", {"tensor": "missing"}]]}', '{"mapping": [["a", {"tensor": ["a"]}]]}',
     '{"mapping": [[["a"], 1]]}', '{"mapping": [["a", {"float": "x"}]]}', '{"mapping": [["a", {"eval": "1"}]]}',
-    '{"mapping": [["a", {"complex": "a"}]]}', '{"mapping": [["a", {"list": 1, "tuple": 2}]]}', '{"tuple": null}',
-    '{"list": [' * 20_000 + "]}" * 20_000,
+    '{"mapping": [["a", {"complex": "a"}]]}', '{"mapping": [["a", {"list": 1, "tuple": 2}]]}',
+    '{"mapping": [["a", [1]]]}', '{"mapping": [["a", {"tuple": null}]]}', '{"mapping": [["ranks", 3]]}',
+    '{"mapping": [["ranks", {"list": [{"tensor": "a"}]}]]}', '{"mapping": [["model", {"tensor": "a"}]]}',
+    '{"mapping": []}', '{"mapping": [], "mapping": []}', '{"mapping": [["a", NaN]]}', '{"mapping": [["a", 1e999]]}',
+    '{"mapping": [["a", {"tensor": "a"}], ["b", {"tensor": "a"}]]}', '{"mapping": [["a", ' + '{"list": [' * 20_000,
+    '{"mapping": [["a", ' + '{"list": [' * 900 + "]}" * 900 + "]]}",
 ]  # fmt: skip
-HEADERS = ["", "nonsense", "[]", "1", "null", "{}", '{"format": 1}', "[" * 100_000]
-HEADERS += ['{"format": 1, "state": %s}' % state for state in STATES]  # noqa: UP031 (they are full of braces)
-HEADERS += ['{"format": 2, "state": {"mapping": []}}', '{"format": "1", "state": {"mapping": []}}']
 
 
-@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
-def test_a_header_made_by_hand_is_refused(tmp_path, header) -> None:
-    save_file({"a": torch.ones(3)}, tmp_path / "made", metadata={"trainer": header})
+@pytest.mark.parametrize("text", STATES, ids=range(len(STATES)))
+def test_a_structure_made_by_hand_is_refused_though_its_hash_is_right(tmp_path, text) -> None:
+    forged(tmp_path / "made", {"state.json": text.encode(), "rest.safetensors": save({"a": torch.ones(3)})})
     with pytest.raises(CheckpointError, match="made"):
         store.load(tmp_path / "made")
-
-
-def test_the_structure_is_json_in_the_header_and_the_numbers_are_in_the_body(tmp_path, whole) -> None:
-    length = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + length])
-    assert {"a", "c/d"} <= set(header)
-    document = json.loads(header["__metadata__"]["trainer"])
-    assert document["format"] == store.FORMAT

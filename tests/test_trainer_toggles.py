@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from runs import MSE, QUIET, bits, error, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from trainer import ConfigError, DivergedError, Sum, Trainer
-from trainer.checkpoint import contents
+from trainer import CheckpointError, ConfigError, DivergedError, Sum, Trainer
+from trainer.checkpoint import contents, folder, store
+from trainer.checkpoint.folder import listed
 from trainer.data import order
+from trainer.errors import TrainerWarning
 from trainer.optim import sgd
 from trainer.settings import flat_names
 
@@ -365,7 +368,7 @@ def test_what_tensorboard_shows(tmp_path) -> None:
 def test_the_loggers_that_are_asked_for(tmp_path, capsys) -> None:
     made(folder=tmp_path / "none")[0].fit()
     assert not capsys.readouterr().err + capsys.readouterr().out
-    assert not [path for path in (tmp_path / "none").iterdir() if path.suffix != ".safetensors"]
+    assert not [path for path in (tmp_path / "none").iterdir() if path.name not in ("checkpoints", "model.safetensors")]
     made(folder=tmp_path / "metrics", metrics_file=True)[0].fit()
     assert len((tmp_path / "metrics" / "metrics.jsonl").read_text().splitlines()) == 5
     assert json.loads((tmp_path / "metrics" / "metrics.jsonl").read_text().splitlines()[0])["steps"] == 1
@@ -384,13 +387,70 @@ def test_checkpoints(tmp_path) -> None:
     trainer.state.save = lambda name: saved.append(trainer.step.clocks.windows) or save(name)
     trainer.fit()
     assert saved == [2, 4, 5]
-    for name, settings, there in (
-        ("both", {}, {"last.safetensors", "best.safetensors"}),
-        ("no last", {"checkpoint_last": False}, {"best.safetensors"}),
-        ("no best", {"checkpoint_best": False}, {"last.safetensors"}),
+    # It stops at step 5, which is where the last evaluation is, and the best.
+    for name, settings, there, best in (
+        ("both", {}, ["step-000005"], "step-000005"),
+        ("no last", {"checkpoint_last": False}, ["step-000005"], "step-000005"),
+        ("no best", {"checkpoint_best": False}, ["step-000005"], None),
+        ("none", {"checkpoint_best": False, "checkpoint_last": False}, [], None),
     ):
         made(folder=tmp_path / name, evaluation_data=rows(4), metrics=error, **settings)[0].fit()
-        assert {path.name for path in (tmp_path / name).iterdir()} == {"model.safetensors", *there}
+        assert [one.path.name for one in listed(tmp_path / name)] == there
+        found = folder.best(tmp_path / name)
+        assert (found and found.name) == best
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"model.safetensors"} | (
+            {"checkpoints"} if there else set()
+        )
+
+
+@tries("checkpoint_keep_last", "checkpoint_keep_best", "checkpoint_keep_every")
+def test_checkpoints_that_stay(tmp_path) -> None:
+    every = {"checkpoint_every": 1, "checkpoint_clock": "steps", "steps": 8, "checkpoint_best": False}
+    for name, settings, steps in (
+        ("default", {}, [7, 8]),
+        ("all", {"checkpoint_keep_last": None}, [1, 2, 3, 4, 5, 6, 7, 8]),
+        ("one", {"checkpoint_keep_last": 1}, [8]),
+        ("every", {"checkpoint_keep_last": 1, "checkpoint_keep_every": 3}, [3, 6, 8]),
+    ):
+        made(folder=tmp_path / name, **every, **settings)[0].fit()
+        assert [one.manifest.clocks["steps"] for one in listed(tmp_path / name)] == steps, name
+    falling = {**every, "checkpoint_best": True, "checkpoint_every": None, "checkpoint_last": False}
+    falling |= {"evaluation_data": rows(4), "evaluate_every": 1, "evaluate_clock": "steps", "checkpoint_keep_last": 1}
+    for count in (0, 1, 3):
+        trainer, hears = made(folder=tmp_path / f"best {count}", **falling, checkpoint_keep_best=count)
+        trainer.fit()
+        bests = [step for step, is_best in enumerate(hears.bests, start=1) if is_best]
+        assert len(bests) > 3
+        there = [one.manifest.clocks["steps"] for one in listed(tmp_path / f"best {count}")]
+        assert there == bests[-max(count, 1) :], count
+
+
+@tries("checkpoint_background", "checkpoint_on_error")
+def test_a_checkpoint_is_written_on_a_thread_and_its_failure_stops_the_run_or_not(tmp_path, monkeypatch) -> None:
+    threads = []
+    write = store.write
+    monkeypatch.setattr(store, "write", lambda *words: threads.append(threading.current_thread().name) or write(*words))
+    for background in (True, False):
+        made(folder=tmp_path / str(background), checkpoint_background=background)[0].fit()
+    assert threads == ["checkpoint", "MainThread"]
+
+    def full(path, taken, label):
+        if label.clocks["steps"] == 2:
+            raise store.failed(path, OSError(28, "No space left on device"), taken.size)
+        return write(path, taken, label)
+
+    monkeypatch.setattr(store, "write", full)
+    every = {"checkpoint_every": 1, "checkpoint_clock": "steps"}
+    for background in (True, False):
+        settings = {**every, "checkpoint_background": background}
+        trainer = made(folder=tmp_path / f"stop {background}", **settings)[0]
+        with pytest.raises(CheckpointError, match="step-000002 could not be written .* it needs .* bytes"):
+            trainer.fit()
+        assert trainer.step.clocks.steps < 5
+        trainer = made(folder=tmp_path / f"warn {background}", checkpoint_on_error="warn", **settings)[0]
+        with pytest.warns(TrainerWarning, match="step-000002 could not be .* Training goes on"):
+            trainer.fit()
+        assert [one.manifest.clocks["steps"] for one in listed(tmp_path / f"warn {background}")] == [4, 5]
 
 
 @tries("audit")

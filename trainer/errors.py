@@ -42,6 +42,10 @@ class GradientError(TrainerError):
     """A gradient that autograd refuses, or that would silently be wrong."""
 
 
+class TrainerWarning(UserWarning):
+    """What goes wrong and does not stop the run, because it was asked not to."""
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """The hint behind a wrong name: the nearest right one, or all of them when none is near."""
     names = sorted(known)

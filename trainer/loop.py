@@ -120,6 +120,10 @@ class Trainer:
 
         Calling it again goes on from where it stopped.
         """
+        with self.state.opened():
+            return self._fit(resume)
+
+    def _fit(self, resume: str | Path) -> Stop:
         limits = self.settings.limits
         if limits.epochs is limits.steps is limits.rows is limits.time is None:
             raise ConfigError("no limit is set, so the run would never end: set limits.epochs, steps, rows or time.")
@@ -167,7 +171,7 @@ class Trainer:
         save = Due(self.settings.checkpoint.every if self.folder else None, self.settings.checkpoint.clock)
         for due in (log, evaluate, save):
             due.start(clocks)
-        ticks = self._loggers.ticks
+        ticks = [*self._loggers.ticks, *self.state.ticks]
         report: Report | None = None
         if self.state.owes_evaluation and self._held_out is not None:
             self._evaluated()
@@ -236,9 +240,7 @@ class Trainer:
 
     def _evaluate(self) -> tuple[dict[str, float], int]:
         if self._held_out is None:
-            raise ConfigError(
-                "there is no evaluation data: give evaluation_data= (in a recipe: the Split's second part)."
-            )
+            raise ConfigError("there is no evaluation data: give evaluation_data= (of a recipe: the Split's second).")
         return self._evaluation(self.model, self._held_out_batches(self._held_out), self.step.optimizers)
 
     def _held_out_batches(self, source: Source) -> Iterator[Any]:

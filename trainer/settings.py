@@ -151,6 +151,19 @@ class CheckpointSettings:
     clock: Clock = setting("epochs", "the clock that saving follows", flat="checkpoint_clock")
     last: bool = setting(True, "save when the run ends", flat="checkpoint_last")
     best: bool = setting(True, "save when evaluation finds a new best", flat="checkpoint_best")
+    keep_last: int | None = setting(
+        2, "checkpoints that stay, of the newest (null: all)", flat="checkpoint_keep_last", ge=1
+    )
+    keep_best: int = setting(
+        1, "checkpoints that stay, of those that were the best when saved", flat="checkpoint_keep_best", ge=0
+    )
+    keep_every: int | None = setting(
+        None, "of each so many ticks of checkpoint.clock one stays for good", flat="checkpoint_keep_every", ge=1
+    )
+    background: bool = setting(True, "write on a thread while training goes on", flat="checkpoint_background")
+    on_error: Literal["stop", "warn"] = setting(
+        "stop", "what a save that fails does: stop the run, or warn and train on", flat="checkpoint_on_error"
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

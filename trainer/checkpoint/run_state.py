@@ -2,16 +2,19 @@
 
 import math
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer import rng
-from trainer.checkpoint import contents, store
-from trainer.errors import CheckpointError, ConfigError, did_you_mean
+from trainer.checkpoint import contents, finished, folder, of_optimizers, store
+from trainer.checkpoint.nested import Snapshot
+from trainer.checkpoint.saving import Saving
+from trainer.errors import ConfigError, did_you_mean
 from trainer.settings import Settings
 from trainer.step import Step
 
-LAST, BEST, MODEL = "last.safetensors", "best.safetensors", "model.safetensors"
+LAST, BEST = "last", "best"
 # Of the attributes below, those that are saved as they are.
 _OWN = (
     "epoch_began", "order_seed", "epoch_rng",
@@ -33,11 +36,12 @@ class RunState:
         epoch_rng: the generators at the epoch's start, where the data draws its order from them.
     """
 
-    def __init__(self, model: Any, step: Step, settings: Settings, folder: Path | None, config: dict[str, Any]) -> None:
+    def __init__(self, model: Any, step: Step, settings: Settings, run: Path | None, config: dict[str, Any]) -> None:
         self._model = model
         self._step = step
         self._settings = settings
-        self._folder = folder
+        self._folder = run
+        self._saving = None if run is None else Saving(run, settings.checkpoint)
         self._config = config
         self.epoch_began = 0
         self.order_seed = settings.seed if settings.seed is not None else secrets.randbits(62)
@@ -86,76 +90,90 @@ class RunState:
             self.evaluations_without_best += 1
         return better
 
-    def save(self, name: str) -> Path:
-        """Write the whole state between two steps. Raises CheckpointError; what was saved before stays."""
-        if self._folder is None:
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The run's folder is this run's alone meanwhile, and what it saves is on the disk afterwards."""
+        if self._saving is None:
+            yield
+            return
+        self._saving.begin()
+        try:
+            yield
+        finally:
+            self._saving.end()
+
+    @property
+    def ticks(self) -> list[Callable[[], None]]:
+        """What is called after every window: an error of a save that is being written comes up there."""
+        return [self._saving.look] if self._saving is not None and self._settings.checkpoint.background else []
+
+    def save(self, name: str) -> None:
+        """Take the whole state and have it written. `name` is LAST, or BEST after an evaluation that was the best.
+
+        Raises CheckpointError; what was saved before stays.
+        """
+        if self._saving is None:
             raise ConfigError("there is no folder to save into: give folder=.")
-        path = self._folder / name
-        store.save(
-            path,
-            {
-                "model": contents.model_state(self._model),
-                "optimizers": [contents.optimizer_state(optimizer) for optimizer in self._step.optimizers],
-                "step": self._step.state_dict(),
-                "rng": rng.capture(),
-                **{name: getattr(self, name) for name in _OWN},
-                "config": self._config,
-            },
-        )
-        return path
+        state = contents.take(self._model, self._step, {name: getattr(self, name) for name in _OWN}, self._config)
+        best = None if name != BEST or self.best is None else (self.best[0], self.best[1])
+        self._saving.save(state, self._step.clocks.as_dict(), best, self._check())
+
+    def _check(self) -> Callable[[Snapshot], None] | None:
+        """Refuses a copy whose optimizer state is not finite, unless such numbers were asked for."""
+        if self._settings.gradient.nonfinite == "allow":
+            return None
+        optimizers = self._step.optimizers
+        names = of_optimizers.parameter_names(optimizers, self._step.parameters.by_name)
+        others = [of_optimizers.is_third_party(one) for one in optimizers]
+        return lambda taken: of_optimizers.check_finite_copy(taken.tensors.get("optimizers", {}), names, others)
 
     def resume(self, resume: str | Path) -> Path | None:
-        """Take a saved state up; which file that was. `never`: none; `auto`: the folder's last where there is one."""
+        """Take a saved state up; which one that was. `never`: none; `auto`: the folder's last where there is one."""
         if str(resume) == "never":
             return None
         if str(resume) == "auto":
             if self._folder is None:
                 raise ConfigError('resume="auto" needs the folder that the run was saved in: give folder=.')
-            path = self._folder / LAST
-            if not path.exists():
+            path = folder.last(self._folder)
+            if path is None:
                 return None
         else:
-            path = Path(resume)
-            path = path / LAST if path.is_dir() else path
+            path = folder.found(Path(resume))
         self._load(path)
         return path
 
     def _load(self, path: Path) -> None:
         state = store.load(path)
-        try:
-            # All is checked before anything is changed.
-            contents.check_model(self._model, state["model"], path)
-            contents.check_optimizers(self._step.optimizers, state["optimizers"], path)
-            known = {name: state[name] for name in _OWN}
-            step, generators = state["step"], state["rng"]
-            contents.load_model(self._model, state["model"], path)
-            contents.load_optimizers(self._step.optimizers, state["optimizers"], path)
-            self._step.load_state_dict(step)
-            rng.restore(generators)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            what = f"has no {error}" if isinstance(error, KeyError) else f"does not hold what it should ({error})"
-            raise CheckpointError(f"{path} {what}: it was not written whole, or by another version.") from None
-        for name, value in known.items():
+        finite = self._settings.gradient.nonfinite != "allow"
+        run = contents.put_back(state, self._model, self._step, _OWN, path, finite)
+        for name, value in run.items():
             setattr(self, name, value)
 
     def load_start(self, path: Path) -> None:
         """Only the parameters and buffers, of whatever run they are (`init=PATH`)."""
-        contents.load_start(path, self._model)
+        finished.load_start(path, self._model)
 
     def finish(self) -> None:
         """Write the state and the model at the run's end. Raises CheckpointError."""
         if self._folder is None or not self._step.clocks.windows:
             return
-        if self._settings.checkpoint.last:
-            self.save(LAST)
-        contents.save_finished_model(self._folder / MODEL, self._model, self._step.optimizers)
+        try:
+            if self._settings.checkpoint.last:
+                self.save(LAST)
+            if self._saving is not None:
+                self._saving.wait()
+        finally:
+            finished.save_finished_model(self._folder / finished.MODEL, self._model, self._step.optimizers)
 
     def files(self) -> dict[str, Path]:
         """What lies in the folder."""
         if self._folder is None:
             return {}
-        names = {"model": MODEL, "checkpoint": LAST, "best": BEST, "metrics": "metrics.jsonl"}
+        names = {"model": finished.MODEL, "metrics": "metrics.jsonl"}
         files = {what: self._folder / name for what, name in names.items() if (self._folder / name).exists()}
+        for what, path in (("checkpoint", folder.last(self._folder)), ("best", folder.best(self._folder))):
+            if path is not None:
+                files[what] = path
         if next(self._folder.glob("events.out.tfevents.*"), None) is not None:
             files["tensorboard"] = self._folder
         return files

@@ -1,180 +1,153 @@
-"""How a checkpoint is stored: one safetensors file of numbers, written beside and renamed.
+"""How a checkpoint is stored: a folder of numbers, written beside and given its name when it is whole and on the disk.
 
-The tensors are in the file's body by path ("model/0.weight"); numbers, texts and the structure around them are JSON in
-its header. Nothing is ever unpickled.
+    step-000123/manifest.json            the files with their SHA-256, and where the run stood
+                state.json               numbers and texts, and the structure around the tensors
+                model.safetensors        parameters and buffers under the model's own names
+                optimizers.safetensors   the optimizers' states
+                rest.safetensors         the other tensors: generators, the open window's gradients
+
+The structure comes from the code that loads, only numbers from the files; nothing is ever unpickled.
 """
 
-import json
-import math
 import os
-import shutil
-import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from trainer import __version__
+from trainer.checkpoint import disk, folder, manifest, nested, numbers, strict
+from trainer.checkpoint.manifest import Entry, Manifest
 from trainer.errors import CheckpointError
 
-FORMAT = 1
-_TENSOR, _COMPLEX = "tensor", "complex"
+_LARGEST_STATE = 1 << 27
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a nested state of tensors, numbers, texts, None, lists and string-keyed mappings.
+@dataclass(frozen=True)
+class Label:
+    """What the manifest says beside the files."""
 
-    Either the whole new file is there afterwards or what was there before. Raises CheckpointError.
+    number: int = 0
+    clocks: Mapping[str, int] = field(default_factory=dict)
+    best: tuple[str, float] | None = None
+    world: int = 1
+
+
+def save(path: Path, state: Mapping[str, Any], label: Label | None = None) -> None:
+    """Write a state as the checkpoint `path`, which must not be there yet. Raises CheckpointError."""
+    write(path, nested.snapshot(state), label or Label())
+
+
+def write(path: Path, taken: nested.Snapshot, label: Label) -> Manifest:
+    """Write a snapshot as the checkpoint `path`: the whole of it is there afterwards, or nothing.
+
+    Raises CheckpointError with the bytes that it needs and those that are free.
     """
-    tensors: dict[str, Tensor] = {}
-    structure = _taken_apart(state, "", tensors)
-    header = {"trainer": json.dumps({"format": FORMAT, "state": structure})}
-    replace(path, lambda file: save_file(tensors, file, metadata=header), _bytes_of(tensors))
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote. Raises CheckpointError naming the file where it is damaged or something else."""
+    pending = folder.pending(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if "trainer" not in header:
-                raise CheckpointError(
-                    f"{path} is no checkpoint of this trainer: it holds tensors without a run's state."
-                )
-            # Copies: what is read is a view of the mapped file, which Windows could not replace while it is in use.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        document = json.loads(header["trainer"])
-        if document["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {document['format']}; this version reads format {FORMAT}.")
-        state: dict[str, Any] = dict(_put_together(document["state"], tensors, path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is not there: name a checkpoint that exists.") from None
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({error}): it is damaged or no checkpoint."
-        ) from None
-    return state
-
-
-def replace(path: Path, write: Any, size: int) -> None:
-    """Let `write(temporary name)` make a file, and put it in place of `path` only when it is whole and on the disk."""
-    temporary = str(path.parent / f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = _usual_mode(temporary)
-        write(temporary)
-        os.chmod(temporary, mode)  # safetensors makes a file that only its owner can read
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(str(path.parent))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:  # the latter two: a tensor that it cannot hold
-        raise CheckpointError(
-            f"{path} could not be written ({error}): it needs {size} bytes, {_free(path.parent)} are free there. What "
-            "was saved before is untouched."
-        ) from None
+        disk.make_folder(path.parent)
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path.name} is there already")
+        os.mkdir(pending)
+        files = {name: Entry(*disk.write(pending / name, made())) for name, made in taken.files().items()}
+        written = Manifest(
+            number=label.number,
+            clocks=label.clocks,
+            best=label.best,
+            files=files,
+            world=label.world,
+            version=__version__,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        disk.write(pending / manifest.NAME, [written.encoded()])
+        disk.sync_folder(pending)
+        disk.move(pending, path)
+        return written
+    except OSError as error:
+        raise failed(path, error, taken.size) from None
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        _clear(pending)
 
 
-def _usual_mode(path: str) -> int:
-    """The permissions that a new file gets here."""
-    handle = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
-    try:
-        return stat.S_IMODE(os.fstat(handle).st_mode)
-    finally:
-        os.close(handle)
-
-
-def _sync(path: str) -> None:
-    try:
-        handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)  # Windows syncs what is open to write
-    except OSError:
-        if os.path.isdir(path):
-            return  # Windows opens no directory, and needs no sync of it
-        raise
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _free(folder: Path) -> str:
-    try:
-        return str(shutil.disk_usage(folder).free)
-    except OSError:
-        return "an unknown number"
-
-
-def _bytes_of(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _taken_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided:
-            raise CheckpointError(
-                f"the state at '{path}' is a tensor of layout {str(value.layout).removeprefix('torch.')}: a checkpoint "
-                "holds dense ones only, so keep it as its indices and values, or to_dense()."
-            )
-        while path in tensors:  # a key may itself hold a slash
-            path += "'"
-        # A copy of its own: a file holds no views, and two names may stand for one tensor.
-        copy = value.detach().to("cpu", copy=True).resolve_conj().resolve_neg().contiguous()
-        if copy.is_complex():  # safetensors knows complex64 only
-            tensors[path] = torch.view_as_real(copy)
-            return {_COMPLEX: path}
-        tensors[path] = copy
-        return {_TENSOR: path}
-    if isinstance(value, dict):
-        if not all(isinstance(key, str | int) and not isinstance(key, bool) for key in value):
-            raise CheckpointError(
-                f"the state at '{path}' has keys that are neither texts nor numbers: it cannot be saved."
-            )
-        items = [
-            [key, _taken_apart(item, f"{path}/{key}" if path else str(key), tensors)] for key, item in value.items()
-        ]
-        return {"mapping": items}
-    if isinstance(value, list | tuple):
-        items = [
-            _taken_apart(item, f"{path}/{index}" if path else str(index), tensors) for index, item in enumerate(value)
-        ]
-        return {"tuple" if isinstance(value, tuple) else "list": items}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise CheckpointError(
-        f"the state at '{path}' is {type(value).__name__}: a checkpoint holds tensors, numbers and texts only."
+def failed(path: Path, error: Exception, size: int) -> CheckpointError:
+    """What a save that did not come to its end says."""
+    return CheckpointError(
+        f"{path} could not be written ({error}): it needs {size} bytes, {disk.free(path.parent)} are free there. What "
+        "was saved before is untouched."
     )
 
 
-def _put_together(value: Any, tensors: dict[str, Tensor], path: Path) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if len(value) != 1:
-        raise CheckpointError(f"{path} is damaged: its header holds something unknown.")
-    kind, content = next(iter(value.items()))
-    if kind not in (_TENSOR, _COMPLEX, "mapping", "list", "tuple", "float"):
-        raise CheckpointError(f"{path} is damaged: its header holds something unknown ('{kind}').")
-    if kind in (_TENSOR, _COMPLEX):
-        if content not in tensors:
-            raise CheckpointError(f"{path} is damaged: the tensor '{content}' is missing.")
-        return tensors[content] if kind == _TENSOR else torch.view_as_complex(tensors[content])
-    if kind == "float":
-        return float(content)
-    if kind == "mapping":
-        return {key: _put_together(item, tensors, path) for key, item in content}
-    items = [_put_together(item, tensors, path) for item in content]
-    return tuple(items) if kind == "tuple" else items
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a safetensors file is a run's state, rather than a bare model."""
+def _clear(pending: Path) -> None:
     try:
-        with safe_open(path, framework="pt") as file:
-            return "trainer" in (file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}).") from None
+        if os.path.lexists(pending):
+            disk.remove(pending, pending)
+    except OSError:
+        return  # the next run sweeps it up
+
+
+def is_same(taken: nested.Snapshot, written: Manifest) -> bool:
+    """Whether a checkpoint holds this very snapshot, byte for byte."""
+    made = taken.files()
+    return list(made) == list(written.files) and all(
+        disk.digest(pieces()) == (written.files[name].bytes, written.files[name].sha256)
+        for name, pieces in made.items()
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote. Raises CheckpointError naming the file that is damaged, or what else it is."""
+    written = _manifest_of(path)
+    structure = strict.parsed(manifest.content(path, written, manifest.STATE), path / manifest.STATE, _LARGEST_STATE)
+    tensors = {
+        name.removesuffix(".safetensors"): _tensors(path, written, name)
+        for name in written.files
+        if name != manifest.STATE
+    }
+    return nested.together(structure, tensors, path / manifest.STATE)
+
+
+def _manifest_of(path: Path) -> Manifest:
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file: a checkpoint is a folder with a {manifest.NAME} (trainer state PATH)."
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not there: name a checkpoint that exists.")
+    if not os.path.lexists(path / manifest.NAME):
+        raise CheckpointError(f"{path} is no checkpoint: it has no {manifest.NAME}.")
+    return manifest.read(path)
+
+
+def _tensors(path: Path, written: Manifest, name: str) -> dict[str, Tensor]:
+    content = manifest.content(path, written, name)
+    try:
+        return load_safetensors(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"{path / name} cannot be read ({error}).") from None
+
+
+def load_model(path: Path) -> dict[str, Tensor]:
+    """Only the parameters and buffers of a checkpoint."""
+    state = load(path)
+    if not isinstance(state.get("model"), dict):
+        raise CheckpointError(f"{path} holds no model: it was not written whole, or by another version.")
+    return dict(state["model"])
+
+
+def replace(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as a safetensors file in place of another, which stays until the new one is whole."""
+    pending = folder.pending(path)
+    try:
+        disk.make_folder(path.parent)
+        disk.write(pending, numbers.pieces(tensors))
+        disk.move(pending, path)
+    except OSError as error:
+        raise failed(path, error, sum(numbers.size_of(tensor) for tensor in tensors.values())) from None
+    finally:
+        if os.path.lexists(pending):
+            os.unlink(pending)

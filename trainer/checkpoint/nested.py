@@ -1,0 +1,146 @@
+"""A nested state taken apart into plain numbers and tensors, copied at one instant, and put together again."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint import manifest, numbers
+from trainer.errors import CheckpointError
+
+_TENSOR, _COMPLEX = "tensor", "complex"
+# The parts of a state that have a file of their own; what differs between ranks has one for each.
+_OWN_FILE = ("model", "optimizers")
+
+
+@dataclass
+class Snapshot:
+    """A state as it was at one instant, in memory: whatever is trained meanwhile does not change it."""
+
+    structure: Any
+    tensors: dict[str, dict[str, Tensor]]
+    """By the name of their file, without its ending."""
+
+    @property
+    def size(self) -> int:
+        return sum(numbers.size_of(tensor) for inside in self.tensors.values() for tensor in inside.values())
+
+    def files(self) -> dict[str, Callable[[], Any]]:
+        """What makes the pieces of each file."""
+        text = json.dumps(self.structure, separators=(",", ":"), allow_nan=False).encode()
+        made: dict[str, Callable[[], Any]] = {manifest.STATE: lambda: [text]}
+        return made | {f"{stem}.safetensors": partial(numbers.pieces, inside) for stem, inside in self.tensors.items()}
+
+
+def snapshot(state: Mapping[str, Any]) -> Snapshot:
+    """Copy a nested state of tensors, numbers, texts, None, lists and mappings with texts or numbers as keys.
+
+    Raises CheckpointError that names what cannot be saved.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    items = []
+    for key, value in state.items():
+        if key in _OWN_FILE:
+            items.append([key, _taken_apart(value, key, "", tensors.setdefault(key, {}))])
+        elif key == "ranks":  # what differs between processes, a file for each
+            parts = [
+                _taken_apart(own, f"rank-{rank:05d}", "", tensors.setdefault(f"rank-{rank:05d}", {}))
+                for rank, own in enumerate(value)
+            ]
+            items.append([key, {"list": parts}])
+        else:
+            items.append([key, _taken_apart(value, "rest", str(key), tensors.setdefault("rest", {}))])
+    return Snapshot({"mapping": items}, {stem: inside for stem, inside in tensors.items() if inside})
+
+
+def together(structure: Any, tensors: dict[str, dict[str, Tensor]], where: Path) -> dict[str, Any]:
+    """The state again; takes the tensors out of their files. Raises CheckpointError for what is no state."""
+    state: dict[str, Any] = {}
+    try:
+        for key, value in structure["mapping"]:
+            if key == "ranks":
+                state[key] = [
+                    _put_together(own, tensors, f"rank-{rank:05d}", where) for rank, own in enumerate(value["list"])
+                ]
+            else:
+                state[key] = _put_together(value, tensors, key if key in _OWN_FILE else "rest", where)
+    except (TypeError, ValueError, KeyError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(f"{where} does not hold what it should ({type(error).__name__}: {error}).") from None
+    left_over = [f"'{name}' in {stem}.safetensors" for stem, inside in tensors.items() for name in inside]
+    if left_over:
+        raise CheckpointError(f"{where} does not know {left_over[0]} ({len(left_over)} left over).")
+    return state
+
+
+def plain(tensor: Tensor, where: str) -> Tensor:
+    """A copy in the CPU's memory, as a file can have it. Raises CheckpointError for what it cannot."""
+    if tensor.layout is not torch.strided:
+        raise CheckpointError(
+            f"{where} is a tensor of layout {str(tensor.layout).removeprefix('torch.')}: a checkpoint holds dense ones "
+            "only, so keep it as its indices and values, or to_dense()."
+        )
+    copy = tensor.detach().to("cpu", copy=True).resolve_conj().resolve_neg().contiguous()
+    if copy.is_complex():  # the library reads complex64 only
+        copy = torch.view_as_real(copy)
+    numbers.check_type(copy, where)
+    return copy
+
+
+def _taken_apart(value: Any, stem: str, path: str, tensors: dict[str, Tensor]) -> Any:
+    where = f"the state at '{path if stem == 'rest' else f'{stem}/{path}' if path else stem}'"
+    if isinstance(value, Tensor):
+        while path in tensors:  # a key may itself hold a slash
+            path += "'"
+        # A copy of its own: a file holds no views, and two names may stand for one tensor.
+        tensors[path] = plain(value, where)
+        return {_COMPLEX if value.is_complex() else _TENSOR: path}
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str | int) and not isinstance(key, bool) for key in value):
+            raise CheckpointError(f"{where} has keys that are neither texts nor numbers: it cannot be saved.")
+        return {
+            "mapping": [
+                [key, _taken_apart(item, stem, f"{path}/{key}" if path else str(key), tensors)]
+                for key, item in value.items()
+            ]
+        }
+    if isinstance(value, list | tuple):
+        return {
+            "tuple" if isinstance(value, tuple) else "list": [
+                _taken_apart(item, stem, f"{path}/{index}" if path else str(index), tensors)
+                for index, item in enumerate(value)
+            ]
+        }
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(f"{where} is {type(value).__name__}: a checkpoint holds tensors, numbers and texts only.")
+
+
+def _put_together(value: Any, tensors: dict[str, dict[str, Tensor]], stem: str, where: Path) -> Any:
+    if not isinstance(value, dict):
+        if isinstance(value, list):
+            raise CheckpointError(f"{where} is damaged: it holds a list out of place.")
+        return value
+    if len(value) != 1:
+        raise CheckpointError(f"{where} is damaged: it holds something unknown.")
+    kind, content = next(iter(value.items()))
+    if kind in (_TENSOR, _COMPLEX):
+        if content not in tensors.get(stem, {}):
+            raise CheckpointError(f"{where} is damaged: the tensor '{content}' is not in {stem}.safetensors.")
+        tensor = tensors[stem].pop(content)
+        return tensor if kind == _TENSOR else torch.view_as_complex(tensor)
+    if kind == "float":
+        return float(content)
+    if kind == "mapping":
+        return {key: _put_together(item, tensors, stem, where) for key, item in content}
+    if kind not in ("list", "tuple"):
+        raise CheckpointError(f"{where} is damaged: it holds something unknown ('{kind}').")
+    items = [_put_together(item, tensors, stem, where) for item in content]
+    return tuple(items) if kind == "tuple" else items
