@@ -113,12 +113,10 @@ class Trainer:
         self._began = 0.0
 
     def fit(self, resume: str | Path = "never") -> Stop:
-        """Train until a limit is reached.
+        """Train until a limit is reached; called again, go on from where it stopped.
 
         Args:
             resume: `never`, `auto` (the folder's last checkpoint where there is one), or a checkpoint's path.
-
-        Calling it again goes on from where it stopped.
         """
         with self.state.opened():
             return self._fit(resume)
