@@ -26,6 +26,7 @@ LAYERS = [
 ]
 LONG = {
     "step.py": "the life of a gradient, read straight down",
+    "loop.py": "the run, read straight down",
 }
 
 

@@ -1,5 +1,7 @@
 """From a config to a Trainer."""
 
+import sys
+
 import pytest
 import torch
 
@@ -134,3 +136,59 @@ def test_what_a_data_source_may_return():
 def test_a_logger_of_ones_own_is_told():
     trainer = built(loggers={"others": {"explain": {"_target_": "trainer.recipes.xor.Explain"}}}, limits={"epochs": 1})
     assert any(type(logger).__name__ == "Explain" for logger in trainer._loggers)
+
+
+NOISE = {"_target_": "trainer.gradient.transforms.noise", "std": 0.1}
+FREEZE = {"_target_": "trainer.gradient.transforms.freeze", "match": "hidden.*", "until": 2}
+
+
+@pytest.mark.parametrize("nodes", [[NOISE, FREEZE], {"shake": NOISE, "no": None, "hold": FREEZE}])
+def test_gradient_transforms_come_in_their_order_as_a_list_or_by_names(nodes):
+    trainer = built(gradient_transforms=nodes)
+    assert [type(one).__name__ for one in trainer.step._transforms._all] == ["Noise", "Freeze"]
+    before = [p.detach().clone() for p in trainer.model.hidden.parameters()]
+    trainer.fit()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.hidden.parameters(), strict=True))
+
+
+def test_the_schedule_of_the_noise_is_a_node_of_its_own():
+    schedule = {"_target_": "trainer.optim.schedules.linear", "total": 4, "clock": "rows"}
+    trainer = built(gradient_transforms=[NOISE | {"schedule": schedule}])
+    assert trainer.step._transforms._all[0]._clock == "rows"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sentence"),
+    [
+        (NOISE, "it is a list of nodes with a _target_, or nodes by names"),
+        (["noise"], "gradient_transforms.0='noise' is not possible: it is built from a _target_"),
+        ([{"std": 0.1}], "gradient_transforms.0 has no _target_"),
+        ({"mine": {"_target_": "os.system"}}, "gradient_transforms.mine._target_=os.system is refused"),
+        ([{"_target_": "trainer.gradient.norms.norm"}], "of trainer, a config may name what is in"),
+        ([NOISE | {"match": "nowhere"}], "noise: no parameter under training matches 'nowhere'"),
+        ([NOISE | {"sdt": 0.1}], "there is no 'gradient_transforms.0.sdt'"),
+    ],
+)
+def test_a_transform_that_is_none_gets_a_sentence(nodes, sentence):
+    with pytest.raises(ConfigError) as error:
+        built(gradient_transforms=nodes)
+    assert sentence in str(error.value)
+
+
+def test_the_users_rule_is_a_node_beside_the_objective(tmp_path, monkeypatch):
+    (tmp_path / "my_rules.py").write_text(
+        "def above(report, largest):\n    return f'the loss is above {largest}' if report.loss > largest else None\n"
+    )
+    monkeypatch.setattr("sys.path", [*sys.path])
+    node = {"_target_": "my_rules.above", "_partial_": True, "largest": 0.0}
+    trainer = build(small(skip_if=node, limits={"epochs": 2}), Door(folders=[tmp_path]))
+    trainer.fit()
+    assert trainer.step.clocks.as_dict()["steps"] == 0
+    assert trainer.last_report.reason == "the loss is above 0.0"
+
+
+def test_a_groups_own_bound_goes_through():
+    optimizer = {"groups": [{"match": ["biases"], "clip_norm": 1e-3}]}
+    trainer = built(optimizer=optimizer, gradient={"clip_norm": 1.0, "norm_order": "inf"})
+    trainer.fit()
+    assert list(trainer.last_report.group_norms) == ["1", "others"]

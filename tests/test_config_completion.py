@@ -40,8 +40,10 @@ def test_recipes_come_with_their_lines_and_ones_own_among_them(here):
 
 
 def test_keys_come_a_level_at_a_time_and_those_of_the_recipe_as_well(here):
-    assert words("train", "grad") == ["gradient."]
-    assert words("train", "gradient.clip") == ["gradient.clip_norm=", "gradient.clip_value="]
+    assert words("train", "grad") == ["gradient.", "gradient_transforms="]
+    assert words("train", "gradient.clip") == [
+        "gradient.clip_norm=", "gradient.clip_value=", "gradient.clip_adaptive=",
+    ]  # fmt: skip
     assert words("train", "recipe=xor_mlp", "model.w") == ["model.width="]
     assert completion.lines(["train", "recipe=mine", "--config-dir", "own", "model.w"]) == ["model.width=\tnow 3"]
     assert words("train", "model.w") == []

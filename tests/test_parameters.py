@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from reference import mlp
 from torch import nn
 
 from trainer.errors import ConfigError
-from trainer.gradient.parameters import named_for, named_modules, named_parameters
+from trainer.gradient.parameters import Trained, named_for, named_modules, named_parameters
 from trainer.optim import Manual
 
 
@@ -47,3 +48,17 @@ def test_no_parameters_and_shared_ones_are_refused() -> None:
         named_for(model, [empty])
     with pytest.raises(ConfigError, match="'w' is in optimizer 0 and in optimizer 1"):
         named_for(model, [Manual([model.w]), Manual([model.w])])
+
+
+def test_a_group_that_joins_later_is_reached_by_backward() -> None:
+    model = mlp()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters[:2], lr=0.1)
+    trained = Trained(model, [optimizer])
+    assert len(trained.inputs) == 2
+    optimizer.add_param_group({"params": parameters[2:4]})
+    trained.refresh()
+    assert len(trained.inputs) == 4
+    optimizer.add_param_group({"params": parameters[4:]})
+    trained.refresh()
+    assert trained.inputs == ()

@@ -7,10 +7,12 @@ import torch
 from reference import cut, differing, rows, state_of
 from torch import Tensor, nn
 
-from trainer import GradientError, Step, Sum, supervised
+from trainer import ConfigError, DivergedError, GradientError, Report, Step, Sum, Trainer, supervised
+from trainer.distributed.ranks import OneProcess
 from trainer.gradient import skips
+from trainer.gradient.report import FREE_READS
 from trainer.gradient.skips import KeptBuffers, reason
-from trainer.optim import Manual, linear
+from trainer.optim import Manual, linear, sgd
 
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -273,3 +275,76 @@ def test_a_kept_buffer_follows_a_changed_size_and_a_flag() -> None:
     kept.put_back(torch.tensor(1.0))
     assert module.state.tolist() == [1, 1, 1]
     assert skips.reason_on_device({"loss": 0.0}) == skips.ZERO_WEIGHT
+
+
+MSE = supervised(nn.MSELoss())
+WINDOW = cut(rows(7, torch.float32), [4, 3])
+
+
+def test_the_users_rule_skips_with_his_reason_and_nothing_moves() -> None:
+    answers = iter([None, "the norm is 3 times the usual", True, False, ""])
+    seen = []
+
+    def rule(report: Report) -> str | bool | None:
+        seen.append((report.loss > 0, report.grad_norm > 0, report.clocks["steps"]))
+        return next(answers)
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = Step(model, MSE, optimizer, skip_if=rule, nonfinite="raise")
+    reasons = []
+    for _ in range(5):
+        before = state_of(model, optimizer)
+        report = step(WINDOW)
+        reasons.append(report.reason)
+        assert (differing(before, state_of(model, optimizer)) == []) == report.skipped
+    assert reasons == [None, "the norm is 3 times the usual", "skip_if said so", None, None]
+    assert seen == [(True, True, count) for count in (0, 1, 1, 1, 2)]
+    assert step.clocks.as_dict()["steps"] == 3 and step.clocks.windows == 5
+
+
+@pytest.mark.parametrize("zero_grad", ["set_to_none", "zeros", "never"])
+def test_on_a_device_the_users_rule_is_read_and_right(zero_grad: str) -> None:
+    finals = []
+    for free in (True, False):
+        if not free:
+            FREE_READS.discard("cpu")
+        try:
+            torch.manual_seed(0)
+            model = net()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+            step = Step(model, MSE, optimizer, skip_if=lambda r: r.clocks["windows"] % 3 == 1, zero_grad=zero_grad)
+            skipped = [step(WINDOW).skipped for _ in range(7)]
+        finally:
+            FREE_READS.add("cpu")
+        assert skipped == [index % 3 == 1 for index in range(7)]
+        finals.append(state_of(model, optimizer))
+    assert differing(*finals) == []
+
+
+def test_one_ranks_rule_is_the_verdict_of_all() -> None:
+    class Two(OneProcess):
+        asked = 0
+
+        def any_flag(self, flag: bool) -> bool:
+            self.asked += 1
+            return flag or self.asked % 2 == 0  # its second question in a window is the rule's
+
+    ranks = Two()
+    model = nn.Linear(3, 2)
+    step = Step(model, MSE, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks, skip_if=lambda report: None)
+    report = step(WINDOW)
+    assert (report.skipped, report.reason, ranks.asked) == (True, "skip_if of another rank said so", 2)
+
+
+def test_a_rule_that_only_skips_stops_the_run_and_what_is_no_rule_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    quiet = {"console": False, "steps": 5, "skips_in_a_row": 3}
+    trainer = Trainer(
+        model, MSE, sgd(model.parameters()), data=[WINDOW[0]] * 9, skip_if=lambda r: f"it is {r.loss > 0}", **quiet
+    )
+    with pytest.raises(DivergedError, match="3 steps in a row were skipped, the last because it is True"):
+        trainer.fit()
+    for wrong, sentence in ((3, "skip_if=3 cannot be called"), (lambda r: 0.5, "skip_if returned 0.5: return")):
+        with pytest.raises(ConfigError, match=sentence):
+            Step(model, MSE, sgd(model.parameters()), skip_if=wrong)(WINDOW)

@@ -3,6 +3,7 @@
 `FREE_READS` says on which devices a read waits for nothing; emptied, the CPU is treated as any other device.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -50,7 +51,10 @@ class Reads(TorchDispatchMode):
 def build(kind: str, objective: Any, **toggles: Any) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
-    optimizer = KINDS[kind](model.parameters())
+    groups: list[Any] = list(model.parameters())
+    if "groups" in toggles:
+        groups = [{"params": groups[:2], **toggles.pop("groups")}, {"params": groups[2:]}]
+    optimizer = KINDS[kind](groups)
     return model, optimizer, Step(model, objective, optimizer, **toggles)
 
 
@@ -96,7 +100,17 @@ def test_fifty_windows_are_bit_equal_to_the_path_that_reads(kind: str, zero_grad
 
 
 @pytest.mark.parametrize(
-    "toggles", [{"clip_norm": 0.3}, {"clip_value": 0.01}, {"schedule": linear(60)}, {"reduction": "sum"}]
+    "toggles",
+    [
+        {"clip_norm": 0.3},
+        {"clip_norm": 0.2, "norm_order": math.inf},
+        {"clip_value": 0.01},
+        {"clip_adaptive": 0.05},
+        {"groups": {"clip_norm": 0.1}},
+        {"groups": {"clip_norm": None}, "clip_norm": 0.3},
+        {"schedule": linear(60)},
+        {"reduction": "sum"},
+    ],
 )
 @pytest.mark.parametrize("classes", [True, False])
 def test_clips_schedules_and_weights_on_the_device_are_near(toggles: dict[str, Any], classes: bool) -> None:
@@ -114,10 +128,13 @@ def test_clips_schedules_and_weights_on_the_device_are_near(toggles: dict[str, A
         assert one.skipped == two.skipped
         assert one.weight == two.weight
         assert one.skipped or one.lr == pytest.approx(two.lr, rel=1e-6)
-        assert (one.grad_norm is None) == (two.grad_norm is None) == ("clip_norm" not in toggles)
-        if "clip_norm" in toggles and not one.skipped:
-            assert one.grad_norm == pytest.approx(two.grad_norm, rel=1e-4)
-            assert one.clip_factor == pytest.approx(two.clip_factor, rel=1e-4)
+        by_norm = "clip_norm" in toggles or "groups" in toggles
+        assert (one.grad_norm is None) == (two.grad_norm is None) == (not by_norm)
+        if by_norm and not one.skipped:
+            for name in ("grad_norm", "grad_norm_after", "group_norms", "group_clip_factors"):
+                assert getattr(one, name) == pytest.approx(getattr(two, name), rel=1e-4), name
+            assert (one.clip_factor is None) == (two.clip_factor is None) == ("groups" in toggles)
+            assert "groups" in toggles or one.clip_factor == pytest.approx(two.clip_factor, rel=1e-4)
 
 
 @pytest.mark.usefixtures("no_read_is_free")
@@ -126,9 +143,15 @@ def test_clips_schedules_and_weights_on_the_device_are_near(toggles: dict[str, A
     [
         {},
         {"clip_norm": 0.3},
+        {"clip_norm": 0.2, "norm_order": math.inf},
         {"clip_value": 0.1},
+        {"clip_adaptive": 0.05},
+        {"groups": {"clip_norm": 0.1}},
+        {"groups": {"clip_value": 0.1}, "clip_norm": 0.3},
         {"schedule": linear(60)},
         {"zero_grad": "never"},
+        {"zero_grad": "never", "clip_adaptive": 0.05},
+        {"zero_grad": "never", "groups": {"clip_norm": 0.1}},
         {"precision": "fp16", "loss_scale": 1024.0},
         {"precision": "fp16", "loss_scale": 1024.0, "clip_norm": 0.3},
         {"precision": "fp16", "loss_scale": 1024.0, "zero_grad": "never"},

@@ -196,8 +196,8 @@ def test_zero_grad() -> None:
     assert len({id(gradient) for gradient in gradients["set_to_none"]}) == 3
 
 
-@tries("clip_norm", "clip_value")
-def test_clip_norm_and_clip_value() -> None:
+@tries("clip_norm", "clip_value", "clip_adaptive", "norm_order")
+def test_clips_and_the_order_of_the_norm() -> None:
     trainer, hears = made()
     trainer.fit()
     assert all(norm > 0.01 and factor is None for norm, factor, _ in hears.norms)
@@ -208,8 +208,23 @@ def test_clip_norm_and_clip_value() -> None:
     trainer, _ = made(clip_value=0.003, steps=1)
     trainer.fit()
     assert trainer.model.weight.grad.abs().max() == pytest.approx(0.003)
+    model = nn.Linear(3, 1)
+    before = model.weight.detach().norm().item()
+    made(model=model, clip_adaptive=0.01, steps=1)[0].fit()
+    assert model.weight.grad.norm() == pytest.approx(0.01 * before, rel=1e-5)
+    norms = {}
+    for kind in (1, 2.0, math.inf, "inf"):
+        trainer, hears = made(norm_order=kind, steps=1, clip_norm=1e6)
+        trainer.fit()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+        norms[kind] = hears.norms[0][0]
+        assert norms[kind] == pytest.approx(gradient.norm(float(kind)).item())
+    assert norms[1] > norms[2.0] > norms[math.inf] == norms["inf"]
     with pytest.raises(ConfigError, match="clip_norm and clip_value are both set"):
         made(clip_norm=1.0, clip_value=1.0)
+    for kind in (0, -1, math.nan, "two"):
+        with pytest.raises(ConfigError, match="norm_order=.* is not possible"):
+            made(norm_order=kind)
 
 
 @tries("nonfinite", "skips_in_a_row")

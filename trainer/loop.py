@@ -19,6 +19,8 @@ from trainer.evaluate import Evaluation, Metrics
 from trainer.feed import Feed
 from trainer.gradient.precision import width
 from trainer.gradient.report import Report
+from trainer.gradient.skips import Rule
+from trainer.gradient.transforms.chain import Transform
 from trainer.loggers.chosen import chosen
 from trainer.loggers.events import Evaluated, Start, Stop
 from trainer.loggers.together import Together
@@ -37,6 +39,7 @@ class Trainer:
         evaluation_data: held-out data, of the same kinds.
         metrics: `metrics(model, micro_batch) -> {name: Sum}`, or torchmetrics objects by name.
         schedule: of the learning rates; see `Step`.
+        transforms, skip_if: what changes the gradient, and a rule of your own for steps not to take; see `Step`.
         folder: where logs and checkpoints go; without one nothing is written.
         loggers: objects with some of the five events of `trainer.loggers.events`, beside those of the settings.
         count_rows: rows of a micro-batch, where the first dimension of its first tensor is not that.
@@ -55,6 +58,8 @@ class Trainer:
         evaluation_data: Any = None,
         metrics: Metrics | None = None,
         schedule: Any = None,
+        transforms: Sequence[Transform] = (),
+        skip_if: Rule | None = None,
         folder: str | Path | None = None,
         loggers: Sequence[Any] = (),
         count_rows: Callable[[Any], int] | None = None,
@@ -84,6 +89,8 @@ class Trainer:
             activation_checkpointing=self.settings.activation_checkpointing,
             precision=self.settings.precision,
             count_rows=count_rows,
+            transforms=transforms,
+            skip_if=skip_if,
             gradient=self.settings.gradient,
         )
         self._held_out: Source | None = None

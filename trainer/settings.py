@@ -6,15 +6,26 @@ The command line, `Trainer(...)` and `Step(...)` all read these classes; none of
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from trainer.errors import ConfigError, did_you_mean
 
 Clock = Literal["micro_batches", "windows", "steps", "rows", "tokens", "epochs"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+
+CLIPS = ("clip_norm", "clip_value", "clip_adaptive")
+"""The toggles that bound the gradient, one at a time; each may also be an option of a parameter group."""
+
+
+def _infinite(value: Any) -> Any:
+    """YAML reads `inf` as a word."""
+    return math.inf if value in ("inf", ".inf") else value
+
+
+Order = Annotated[float, Field(gt=0, allow_inf_nan=True), BeforeValidator(_infinite)]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -39,8 +50,12 @@ class GradientSettings:
     zero_grad: Literal["set_to_none", "zeros", "never"] = setting(
         "set_to_none", "what happens to .grad before a window"
     )
-    clip_norm: float | None = setting(None, "largest 2-norm of the whole gradient", gt=0)
+    clip_norm: float | None = setting(None, "largest norm of the whole gradient", gt=0)
     clip_value: float | None = setting(None, "largest absolute value of each element of the gradient", gt=0)
+    clip_adaptive: float | None = setting(
+        None, "largest norm of each unit's gradient, as a ratio to the norm of its parameters", gt=0
+    )
+    norm_order: Order = setting(2.0, "order of the gradient norm: 2, any other above 0, or inf")
     nonfinite: Literal["skip", "raise", "allow"] = setting(
         "skip", "what an infinite or NaN loss or gradient does: skip the step, stop the run, or go into the parameters"
     )
@@ -51,8 +66,9 @@ class GradientSettings:
     loss_scale_interval: int = setting(2000, "fp16: steps without an overflow after which the loss scale doubles", ge=1)
 
     def __post_init__(self) -> None:
-        if self.clip_norm is not None and self.clip_value is not None:
-            raise ValueError("clip_norm and clip_value are both set: choose one and set the other to null.")
+        chosen = [name for name in CLIPS if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[0]} and {chosen[1]} are both set: choose one and set the other to null.")
         if math.frexp(self.loss_scale)[0] != 0.5:
             raise ValueError(
                 f"loss_scale={self.loss_scale:g} is no power of two, so that taking it out again would round: "

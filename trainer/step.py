@@ -21,6 +21,7 @@ from trainer.distributed.ranks import OneProcess, Ranks
 from trainer.errors import ConfigError, DivergedError, GradientError
 from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
+from trainer.gradient.clipping import Clipping, Measured
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.objective import Objective, as_objective, terms_of
 from trainer.gradient.open_window import OpenWindow
@@ -28,6 +29,7 @@ from trainer.gradient.parameters import Trained
 from trainer.gradient.precision import autocast, check_precision
 from trainer.gradient.report import Number, Report
 from trainer.gradient.scaler import loss_scale_for, reason_on_device
+from trainer.gradient.transforms.chain import Transform, Transforms
 from trainer.gradient.verdict import Inspector
 from trainer.gradient.weigher import Weigher
 from trainer.gradient.zeroing import Aside, add_back, can_put_back, put_back, zero
@@ -48,6 +50,8 @@ class Step:
         precision: fp32, bf16 or fp16 (autocast; fp16 with a loss scale), or fp64 (the parameters are float64 already).
         count_rows: rows of a micro-batch; by default the first dimension of its first tensor.
         ranks: other processes; by default there are none.
+        transforms: what changes the gradient before it is clipped, in this order (`trainer.gradient.transforms`).
+        skip_if: a rule of your own: `skip_if(report)` says True, or why, where the step must not be taken.
         gradient: the toggles as settings; or give them by keyword: `clip_norm=1.0`, `reduction="sum"`, ….
     """
 
@@ -62,6 +66,8 @@ class Step:
         precision: Precision = "fp32",
         count_rows: Callable[[Any], int] | None = None,
         ranks: Ranks | None = None,
+        transforms: Sequence[Transform] = (),
+        skip_if: skips.Rule | None = None,
         gradient: GradientSettings | None = None,
         **toggles: Any,
     ) -> None:
@@ -82,6 +88,10 @@ class Step:
         self._autocast = autocast(precision, self.device.type)
         self._scale = loss_scale_for(precision, self.settings, self.parameters.by_name, self.device)
         self._buffers = skips.KeptBuffers(model)
+        self._clipping = Clipping(self.settings, self.optimizers)
+        self._transforms = Transforms(transforms, self.parameters.by_name, self.settings.nonfinite == "allow")
+        self._skip_if = skips.checked(skip_if)
+        self._is_watched = bool(transforms) or skip_if is not None
         self._inspector = Inspector(self.settings.nonfinite == "allow", self.ranks, self.device)
         self._open: OpenWindow | None = None
         self._aside: Aside = []
@@ -156,8 +166,7 @@ class Step:
                 self._open, self._aside = None, []  # neither a step nor a skip: see is_torn
             self.cancel()
             raise
-        stops = self.settings.nonfinite == "raise" and report._skipped is True
-        if stops and report._reason != skips.ZERO_WEIGHT and not report.overflowed:
+        if report._diverged and self.settings.nonfinite == "raise":
             raise DivergedError(
                 f"step {self.clocks.steps + 1} was not taken: {report.reason}. nonfinite=raise stops here."
             )
@@ -170,6 +179,7 @@ class Step:
         self._open = self._window(window)
         self._buffers.keep()
         self.parameters.refresh()
+        self._clipping.refresh()
         self._aside = zero(self.parameters.by_name.values(), self.settings.zero_grad)
         return self._open
 
@@ -184,23 +194,30 @@ class Step:
         factor = self._unscale(open_, gradients)  # unscale
         if self._aside or open_.apart():
             gradients = self.parameters.gradients()
-        clips = self.settings.clip_norm is not None
-        bad, norm = self._inspector(open_, list(gradients.values()), factor, norm_wanted or clips, clips)  # inspect
+        by_norm = self._clipping.by_norm
+        wanted = norm_wanted or by_norm or self._is_watched
+        measured = self._clipping.measure(gradients, self.parameters.by_name) if wanted else None
+        norm = None if measured is None else measured.whole
+        bad = self._inspector(open_, list(gradients.values()), factor, norm, by_norm)  # inspect
         size = (open_.micro_batches, open_.rows, open_.tokens)
         report = Report(open_.means, open_.weights(), self.settings.coefficients, size, self._scale.shown)
-        if norm is not None:
-            report._grad_norm = norm * factor
+        report._grad_norm = None if norm is None else norm * factor
+        if self._is_watched:
+            report._clocks, report._lr = self.clocks.snapshot(), self.rates.now()
         if open_.weighs_nothing():
             self._skip(report, skips.ZERO_WEIGHT)
         elif isinstance(bad, Tensor) and self._defers():
             report._overflowed = self._scale.blame_on(bad, open_)
-            self._step_if(bad, self._clip(gradients, factor, report), report)  # clip, and step or skip, on the device
+            self._step_if(bad, self._clip(gradients, factor, measured, report), report)  # both, on the device
         elif bool(bad):
             overflow = self._scale.blame(open_, gradients, self.ranks)
             report._overflowed = overflow is not None
-            self._skip(report, overflow or self._reason(open_, gradients, report))
+            self._skip(report, overflow or skips.why(open_, gradients, report))
+            report._diverged = overflow is None and report._reason != skips.ZERO_WEIGHT
+        elif self._skip_if is not None and (asked := skips.asked(self._skip_if, report, self.ranks)):
+            self._skip(report, asked)
         else:
-            self._step(float(self._clip(gradients, factor, report)), report)  # clip, step
+            self._step(float(self._clip(gradients, factor, measured, report)), report)  # clip, step
         self._release(open_, report)  # release
         return report
 
@@ -219,7 +236,7 @@ class Step:
         unscaled = 1.0 / open_.leftover()
         factor: Number = unscaled / open_.loss_scale
         apart = open_.apart()
-        exactly = bool(apart) or self.settings.clip_value is not None or self.settings.zero_grad == "never"
+        exactly = bool(apart or self._transforms) or self._clipping.exactly or self.settings.zero_grad == "never"
         is_one = isinstance(factor, float) and factor == 1.0
         if isinstance(unscaled, Tensor) or unscaled > 1.0 or (exactly and not is_one):
             # A factor above 1 could still overflow: it is applied before the check, not folded behind it.
@@ -231,16 +248,12 @@ class Step:
             add_back(self._aside)
         return factor
 
-    def _clip(self, gradients: dict[str, Tensor], factor: Number, report: Report) -> Number:
-        if self.settings.clip_norm is not None and report._grad_norm is not None:
-            report._clip_factor = norms.clip_factor(report._grad_norm, self.settings.clip_norm)
-            if self.settings.zero_grad == "never":
-                norms.scale(list(gradients.values()), report._clip_factor)  # the next window adds to what was clipped
-                return factor
-            return factor * report._clip_factor
-        if self.settings.clip_value is not None:
-            norms.clip_value(list(gradients.values()), self.settings.clip_value)
-        return factor
+    def _clip(self, gradients: dict[str, Tensor], factor: Number, measured: Measured | None, report: Report) -> Number:
+        if self._transforms:
+            gradients = self._transforms(gradients, self.parameters.by_name, report)
+            measured = self._clipping.measure(gradients, self.parameters.by_name)
+            report._norm_after = self._transforms.checked(measured.whole, gradients)
+        return self._clipping(gradients, self.parameters.by_name, factor, measured, report)
 
     def _step(self, factor: float, report: Report) -> None:
         report._lr = self.rates.set(self.clocks)
@@ -268,12 +281,6 @@ class Step:
         self.clocks.take_if(1.0 - bad, report.rows, report.tokens)
         self.skips_in_a_row = (self.skips_in_a_row + bad - report._overflowed) * bad
 
-    def _reason(self, open_: OpenWindow, gradients: dict[str, Tensor], report: Report) -> str:
-        if not any(report.weights.values()):
-            return skips.ZERO_WEIGHT
-        losses = [(name, index, float(value)) for name, index, value in open_.losses()]
-        return skips.reason(losses, open_.micro_batches, gradients, report.grad_norm)
-
     def _skip(self, report: Report, reason: str) -> None:
         self._buffers.put_back()
         put_back(self._aside)
@@ -289,6 +296,8 @@ class Step:
             self._expected = open_.denominators()
         report._clocks = self.clocks.snapshot()
         self._buffers.release()
+        if self._transforms:
+            self._transforms.release()
         open_.close()
         self._aside = []
         self._open = None
@@ -301,9 +310,9 @@ class Step:
 
     def _defers(self) -> bool:
         """Whether the verdict can stay on the device; `raise` has to know it."""
-        if self.settings.nonfinite == "raise" or not self.rates.defers or not can_put_back(self._aside):
+        if self.settings.nonfinite == "raise" or self._is_watched or not can_put_back(self._aside):
             return False
-        return all(one.defers() for one in self._updates)
+        return self.rates.defers and all(one.defers() for one in self._updates)
 
     def _check_whole(self) -> None:
         if self._moving:
@@ -326,6 +335,7 @@ class Step:
             put_back(self._aside)
             self._aside = []
             self._buffers.put_back()
+            self._transforms.put_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Clocks, skips, schedule, and the open window with its gradients: numbers and tensors only.
@@ -343,6 +353,7 @@ class Step:
             "expected": {name: float(weight) for name, weight in self._expected.items()},
             "rates": self.rates.state_dict(),
             "loss_scale": self._scale.state_dict(),
+            "transforms": self._transforms.state_dict(),
             "open": window,
             "gradients": saved.save(self.parameters.gradients(), self.settings.zero_grad, window is not None),
             "aside": saved.save_aside(self._aside, self.parameters.by_name),
@@ -355,14 +366,17 @@ class Step:
         Raises CheckpointError, having changed nothing, for a gradient that does not fit the parameters.
         """
         self.parameters.refresh()
+        self._clipping.refresh()
         own = self.parameters.by_name
         for part in ("gradients", "aside"):
             saved.check_fit(state[part], own)
+        self._transforms.check_fit(state["transforms"])
         self.clocks.load_state_dict(state["clocks"])
         self.skips_in_a_row = int(state["skips_in_a_row"])
         self._expected = dict(state["expected"])
         self.rates.load_state_dict(state["rates"])
         self._scale.load_state_dict(state["loss_scale"])
+        self._transforms.load_state_dict(state["transforms"])
         put_back(saved.load(state["gradients"], own))
         self._open, self._aside, self._moving = None, [], False
         window = state["open"]

@@ -29,6 +29,8 @@ def places(config: RunConfig) -> Iterator[tuple[Mapping[str, Any], str, str]]:
             )
     for name, node in config.others.items():
         yield node, f"loggers.others.{name}", "other"
+    for key, node in config.transforms.items():
+        yield node, key, "other"
 
 
 def judge(config: RunConfig, door: Door) -> None:
@@ -77,6 +79,8 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
         evaluation_data=evaluation,
         metrics=make("metrics"),
         schedule=schedule,
+        transforms=tuple(make(key) for key in config.transforms),
+        skip_if=make("skip_if"),
         folder=folder,
         loggers=tuple(make(f"loggers.others.{name}") for name in config.others),
         recipe=config.words.recipe,

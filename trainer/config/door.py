@@ -21,6 +21,7 @@ from trainer.errors import ConfigError, TrainerError, did_you_mean
 
 ROOMS = (
     "trainer.recipes", "trainer.optim", "trainer.data", "trainer.gradient.objective", "trainer.gradient.model_loss",
+    "trainer.gradient.transforms",
     "trainer.loggers",
 )  # fmt: skip
 """What of this package a config may name. Not all of it: `trainer.cli.main` could be told whom to trust."""

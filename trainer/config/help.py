@@ -131,7 +131,7 @@ def _keys(config_dir: Path | None) -> list[str]:
         if name not in ("recipe", "local")
     ]
     nodes = [*schema.NODES.items(), ("optimizer.groups", schema.GROUPS), ("data.source", schema.SOURCE)]
-    nodes.append(("loggers.others", schema.OTHERS))
+    nodes += [("gradient_transforms", schema.TRANSFORMS), ("loggers.others", schema.OTHERS)]
     return [
         *_section("groups (whole sets of values)", groups),
         *_section("what is built (a _target_ and its arguments)", nodes),

@@ -16,11 +16,13 @@ NODES = {
     "objective": "what is differentiated: objective(model, micro_batch), or a loss of torch",
     "metrics": "metrics(model, micro_batch) -> {name: Sum}, for evaluation",
     "optimizer": "the optimizer, given the parameters, or the groups that optimizer.groups names",
+    "skip_if": "a rule of one's own, skip_if(report) -> True or a sentence where the step must not be taken",
     "schedule": "the factor of each learning rate, by a clock (null: constant)",
 }
 """The keys that hold a `_target_`, with a line each. Two more lie deeper: data.source and loggers.others.NAME."""
 
 SOURCE = "where the data comes from: a Split(train, evaluation)"
+TRANSFORMS = "what changes the gradient before it is clipped: nodes in their order, as a list or by names of yours"
 OTHERS = "loggers of one's own, by name"
 GROUPS = "parameter groups: a list of {match: [names, norms, biases], option: value}"
 
@@ -41,7 +43,8 @@ class Words:
 class RunConfig:
     """A whole config, checked.
 
-    `nodes` has the plain values of each key of NODES and of `source`; `others` those of each logger of the user's own.
+    `nodes` has the plain values of each key of NODES and of `source`; `others` those of each logger of the user's own,
+    `transforms` those of each gradient transform, by key and in order.
     `plain` is the config as it was composed, for the records.
     """
 
@@ -50,6 +53,7 @@ class RunConfig:
     nodes: Mapping[str, Any]
     groups: tuple[Mapping[str, Any], ...]
     others: Mapping[str, Any]
+    transforms: Mapping[str, Any]
     plain: Mapping[str, Any]
 
 
@@ -58,6 +62,7 @@ def defaults() -> dict[str, Any]:
     tree = {**dataclasses.asdict(Words()), **dataclasses.asdict(Settings()), **dict.fromkeys(NODES)}
     tree["data"]["source"] = None
     tree["loggers"]["others"] = {}
+    tree["gradient_transforms"] = None
     return tree
 
 
@@ -68,7 +73,7 @@ def read(composed: Mapping[str, Any]) -> RunConfig:
     for name in ("run", "init", "resume"):
         if isinstance(words.get(name), int) and not isinstance(words[name], bool):
             words[name] = str(words[name])  # run=7 is a name as good as any
-    known = {*words, *NODES, *fields_of(Settings)}
+    known = {*words, *NODES, "gradient_transforms", *fields_of(Settings)}
     for name in composed:
         if name not in known:
             raise ConfigError(f"there is no setting '{name}': {did_you_mean(name, known)}")
@@ -91,8 +96,23 @@ def read(composed: Mapping[str, Any]) -> RunConfig:
         nodes,
         _groups(groups),
         {name: node for name, node in (others or {}).items() if node is not None},
+        _transforms(composed.get("gradient_transforms")),
         composed,
     )
+
+
+def _transforms(nodes: Any) -> dict[str, Any]:
+    """The nodes by key, whether they were listed or named; null leaves one out."""
+    if isinstance(nodes, list):
+        nodes = dict(enumerate(nodes))
+    if not isinstance(nodes, Mapping | None) or "_target_" in (nodes or {}):
+        raise ConfigError(
+            f"gradient_transforms={nodes!r} is not possible: it is a list of nodes with a _target_, or nodes by names."
+        )
+    found = {f"gradient_transforms.{name}": node for name, node in (nodes or {}).items() if node is not None}
+    for key, node in found.items():
+        _is_node(key, node)
+    return found
 
 
 def _take(tree: Mapping[str, Any], section: str, key: str) -> tuple[Any, Any]:

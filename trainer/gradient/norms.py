@@ -47,21 +47,34 @@ def _are_alike(tensors: Sequence[Tensor]) -> bool:
     return all(tensor.dtype is dtype and tensor.device == device for tensor in tensors)
 
 
-def norm(gradients: Sequence[Tensor]) -> Number:
-    """The 2-norm of all gradients as one vector, in float32 or wider."""
+def norm(gradients: Sequence[Tensor], order: float = 2.0) -> Number:
+    """The norm of all gradients as one vector, in float32 or wider: of order 2, any other, or infinity (the largest
+    absolute value)."""
     norms: list[Tensor] = []
     for same in groups(plain(gradients)):
         wide = [tensor.float() for tensor in same] if same[0].dtype in (torch.bfloat16, torch.float16) else same
-        norms.extend(torch._foreach_norm(wide, 2))
+        if order == math.inf:
+            wide = [tensor for tensor in wide if tensor.numel()]  # torch refuses to take the largest of nothing
+        norms.extend(torch._foreach_norm(wide, order) if wide else ())
     if not norms:
         return 0.0
     device = next((one.device for one in norms if one.device.type not in FREE_READS), None)
     if device is not None:
-        whole: Tensor = torch.linalg.vector_norm(torch.stack([one.to(device, torch.float64) for one in norms]))
-        return whole
-    if len(norms) <= _FEW:
+        return joined([one.to(device, torch.float64) for one in norms], order)
+    if len(norms) <= _FEW and order == 2.0:
         return math.hypot(*(one.item() for one in norms))
-    return float(torch.linalg.vector_norm(torch.stack([one.double() for one in norms])))
+    return float(joined([one.double() for one in norms], order))
+
+
+def joined(norms: Sequence[Number], order: float) -> Number:
+    """The norm of vectors laid end to end, out of their norms: numbers, or 0-dim tensors of one device and dtype."""
+    tensors = [one for one in norms if isinstance(one, Tensor)]
+    if not tensors:
+        return float(torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float64), order)) if norms else 0.0
+    whole: Tensor = torch.linalg.vector_norm(
+        torch.stack([one if isinstance(one, Tensor) else tensors[0].new_tensor(one) for one in norms]), order
+    )
+    return whole
 
 
 def nonfinite(tensors: Sequence[Tensor], found: Tensor, one: Tensor) -> None:

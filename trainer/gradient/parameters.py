@@ -112,6 +112,7 @@ class Trained:
             own = {id(parameter) for parameter in self.by_name.values()}
             others = named_parameters(self._model).values()
             self._limited = any(id(parameter) not in own for parameter in others if parameter.requires_grad)
+            self.inputs = ()
         if self._limited:
             self.inputs = tuple(parameter for parameter in self.by_name.values() if parameter.requires_grad)
 

@@ -18,8 +18,12 @@ class Report:
     - `loss`: the window's loss under the window's reduction, before the step. NaN where the weight is zero.
     - `terms`: the same for each named term, without its coefficient ({"loss": loss} where there are no names).
     - `weight`: the window's summed weight (of the first term where they differ; `weights` has all).
-    - `grad_norm`: the 2-norm of the window's true gradient, before clipping; None unless a clip or a reader wanted it.
+    - `grad_norm`: the norm (of order `norm_order`) of the window's true gradient, before anything changed it; None
+      unless a clip by norm, a transform, `skip_if` or a reader wanted it.
+    - `grad_norm_after`: the norm of what reached the optimizer, on the same steps; None where the step was skipped.
     - `clip_factor`: what the gradient was multiplied with by `clip_norm`; None where that is off.
+    - `group_norms`, `group_clip_factors`: the same two of each parameter group with a `clip_norm` of its own, by its
+      number, and of the `others` where the toggle bounds them; empty where no group has one.
     - `loss_scale`: what backward's seeds were multiplied with; None unless in fp16. `overflowed`: whether the step was
       skipped because of it.
     - `skipped`, `reason`: whether the step was not taken, and the sentence that says why.
@@ -29,8 +33,8 @@ class Report:
     """
 
     __slots__ = (
-        "_clip_factor", "_clocks", "_grad_norm", "_loss", "_loss_scale", "_lr", "_overflowed", "_reason", "_skipped",
-        "_terms", "_weights", "coefficients", "micro_batches", "rows", "tokens",
+        "_clip_factor", "_clocks", "_diverged", "_grad_norm", "_groups", "_loss", "_loss_scale", "_lr", "_norm_after",
+        "_overflowed", "_reason", "_skipped", "_terms", "_weights", "coefficients", "micro_batches", "rows", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -47,10 +51,15 @@ class Report:
         self.micro_batches, self.rows, self.tokens = size
         self._loss: float | None = None
         self._grad_norm: Number | None = None
+        # Where something but `clip_factor` changed the gradient: its norm without that factor.
+        self._norm_after: Number | None = None
         self._clip_factor: Number | None = None
+        # (norm, clip factor) of each parameter group that was clipped by its own norm.
+        self._groups: dict[str, tuple[Number, Number]] | None = None
         self._loss_scale = loss_scale
         self._overflowed: Number = 0.0
         self._skipped: bool | Tensor = False
+        self._diverged = False  # whether it was skipped because something is not finite, as far as the host knows
         self._reason: str | Callable[[], str] | None = None
         self._lr: Number = 0.0
         self._clocks: Callable[[], dict[str, int]] = dict
@@ -93,6 +102,21 @@ class Report:
     @property
     def overflowed(self) -> bool:
         return bool(self._overflowed)
+
+    @property
+    def grad_norm_after(self) -> float | None:
+        if self._grad_norm is None or self.skipped:
+            return None
+        after = float(self._grad_norm if self._norm_after is None else self._norm_after)
+        return after if self._clip_factor is None else after * float(self._clip_factor)
+
+    @property
+    def group_norms(self) -> dict[str, float]:
+        return {name: float(norm) for name, (norm, _) in (self._groups or {}).items()}
+
+    @property
+    def group_clip_factors(self) -> dict[str, float]:
+        return {name: float(factor) for name, (_, factor) in (self._groups or {}).items()}
 
     @property
     def skipped(self) -> bool:

@@ -5,16 +5,19 @@ BatchNorm's running statistics before anybody can tell.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from trainer.errors import GradientError
+from trainer.distributed.ranks import Ranks
+from trainer.errors import ConfigError, GradientError
 from trainer.gradient.norms import nonfinite_names
+from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.parameters import named_modules
+from trainer.gradient.report import Report
 
 # Buffers up to this many bytes are kept at every window's start, and those of normalisation layers whatever their
 # size (their kernels change them without raising the version counter). A larger one (a mask, a table of positions) is
@@ -150,6 +153,42 @@ def reason(
     if norm is not None and not math.isfinite(norm):
         return "the gradient is finite, but too large for its norm"
     return "the gradient overflows when it is divided by the window's weight"
+
+
+def why(window: OpenWindow, gradients: dict[str, Tensor], report: Report) -> str:
+    """The reason for a window with a non-finite verdict."""
+    if not any(report.weights.values()):
+        return ZERO_WEIGHT
+    losses = [(name, index, float(value)) for name, index, value in window.losses()]
+    return reason(losses, window.micro_batches, gradients, report.grad_norm)
+
+
+Rule = Callable[[Report], str | bool | None]
+"""The user's own rule: a sentence or True where the step must not be taken, None or False where it may."""
+
+
+def checked(rule: Rule | None) -> Rule | None:
+    """The rule as given. Raises ConfigError for what cannot be called with a report."""
+    if rule is not None and (isinstance(rule, type) or not callable(rule)):
+        raise ConfigError(f"skip_if={rule!r} cannot be called with a report: give a function or an instance.")
+    return rule
+
+
+def asked(rule: Rule, report: Report, ranks: Ranks) -> str | None:
+    """Why the user's own rule skips this step; None where it does not. One rank's answer counts for all.
+
+    Raises ConfigError for an answer that is none.
+    """
+    answer = rule(report)
+    if not isinstance(answer, str | bool | None):
+        raise ConfigError(f"skip_if returned {answer!r}: return a sentence, True, False or None.")
+    if not ranks.any_flag(bool(answer)):
+        return None
+    return (
+        answer
+        if isinstance(answer, str) and answer
+        else f"skip_if {'said so' if answer else 'of another rank said so'}"
+    )
 
 
 def reason_on_device(weights: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""The verdict on a window: whether its loss and its gradient are finite, and the norm where one is wanted.
+"""The verdict on a window: whether its loss and its gradient are finite.
 
 On the CPU the answer is read; elsewhere it is a flag (float32, exactly 0 or 1) that stays on the device.
 """
@@ -32,21 +32,26 @@ class Inspector:
         self._one = torch.ones((), device=device)
 
     def __call__(
-        self, window: OpenWindow, gradients: Sequence[Tensor], factor: Number, norm_wanted: bool, norm_decides: bool
-    ) -> tuple[bool | Tensor, Number | None]:
-        """(whether the step must be skipped, the norm of the gradients as they are).
+        self,
+        window: OpenWindow,
+        gradients: Sequence[Tensor],
+        factor: Number,
+        norm: Number | None,
+        norm_decides: bool,
+    ) -> bool | Tensor:
+        """Whether the step must be skipped.
 
-        `factor` is what they will still be multiplied with: a norm that overflows with it is not finite. It decides
-        only where the gradient is clipped by it: that somebody looks at a norm must not change what is trained.
+        `norm` is that of the gradients as they are, where one was taken; `factor` is what they will still be multiplied
+        with: a norm that overflows with it is not finite. It decides only where the gradient is clipped by it: that
+        somebody looks at a norm must not change what is trained.
         """
-        norm = norms.norm(gradients) if norm_wanted else None
         if self.reads:
-            return (
-                not self._allow and self._ranks.any_flag(self._is_bad(window, gradients, factor, norm, norm_decides))
-            ), norm
+            if self._allow:
+                return False
+            return self._ranks.any_flag(self._is_bad(window, gradients, factor, norm, norm_decides))
         nothing = window.weighs_nothing_on(self._device)
         if self._allow:
-            return False if nothing is None else nothing, norm
+            return False if nothing is None else nothing
         found = torch.zeros_like(self._found)
         losses = [torch.as_tensor(value, device=self._device) for _, _, value in window.losses()]
         # Stacked, they are a copy: the check multiplies what it checks, and the caller's loss is not ours to write to.
@@ -55,7 +60,7 @@ class Inspector:
             found = torch.maximum(found, nothing)
         if norm is not None and norm_decides:
             found = torch.maximum(found, (~torch.as_tensor(norm, device=self._device).isfinite()).to(found))
-        return found, norm
+        return found
 
     def _is_bad(
         self, window: OpenWindow, gradients: Sequence[Tensor], factor: Number, norm: Number | None, norm_decides: bool

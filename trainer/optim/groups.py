@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from trainer.errors import ConfigError, did_you_mean
 from trainer.gradient.parameters import named_parameters
+from trainer.settings import CLIPS
 
 _NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
@@ -57,7 +58,7 @@ def parameter_groups(model: Any, groups: Sequence[Mapping[str, Any]] = ()) -> li
 
 def check_options(optimizer: Optimizer) -> None:
     """Raises ConfigError for an option of a group that the optimizer does not know: torch would pass over it."""
-    known = {*optimizer.defaults, "params", "param_names", "initial_lr"}
+    known = {*optimizer.defaults, *CLIPS, "params", "param_names", "initial_lr"}
     for group in optimizer.param_groups:
         for option in group:
             if option not in known:
