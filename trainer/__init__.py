@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.data import Split
     from trainer.data.windows import Window, windows
+    from trainer.diagnose.graph import graph
     from trainer.errors import (
         CheckpointError,
         ConfigError,
@@ -35,6 +36,7 @@ _HOMES = {
     "Cotangents": "trainer.gradient.objective",
     "supervised": "trainer.gradient.objective",
     "model_loss": "trainer.gradient.model_loss",
+    "graph": "trainer.diagnose.graph",
     "Report": "trainer.gradient.report",
     "Settings": "trainer.settings",
     "TrainerError": "trainer.errors",
@@ -62,6 +64,7 @@ __all__ = [
     "Trainer",
     "TrainerError",
     "Window",
+    "graph",
     "model_loss",
     "supervised",
     "windows",

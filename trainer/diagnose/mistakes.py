@@ -182,7 +182,7 @@ def _made(trace: Trace, storage: int) -> str:
 
 
 def _maker_of_node(trace: Trace, node: Any) -> Call | None:
-    return next((call for call in trace.calls if any(tensor.grad_fn is node for tensor in call.outputs)), None)
+    return next((call for call in trace.calls if node in call.nodes), None)
 
 
 def _walked_twice(forward: Forward) -> GradientError:

@@ -6,11 +6,12 @@ it alive, so it looks at one forward, after something went wrong or when it is a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from trainer.diagnose.places import Place, here
@@ -36,7 +37,9 @@ class Call:
     - `order`: its number in the forward.
     - `inputs`, `outputs`: the tensors that went in and came out.
     - `changed`: what it changed in place, with the version that this left.
+    - `nodes`: the graph's nodes that it made, as they were then: a change in place gives a tensor another one.
     - `exits`: whether the value left torch as a number.
+    - `modules`: the module calls that it lies in, outermost first: (name, how often it was called before).
     """
 
     order: int
@@ -47,20 +50,54 @@ class Call:
     changed: list[tuple[Tensor, int]]
     exits: bool
     gradients_on: bool
+    modules: tuple[tuple[str, int], ...] = ()
+    nodes: list[Any] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.name}() in {self.place}" if self.place else f"{self.name}()"
 
 
 class Trace(TorchFunctionMode):
-    """Enter it around a forward; `calls` is what happened, in order."""
+    """Enter it around a forward; `calls` is what happened, in order.
 
-    def __init__(self) -> None:
+    Args:
+        modules: by name, to be told in which module's call each call lies; without them that is left out.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
+        self._names = {id(module): name for name, module in (modules or {}).items()}
+        self._inside: list[tuple[str, int]] = []
+        self._times: dict[str, int] = {}
+        self._hooks: list[Any] = []
         self.calls: list[Call] = []
         self.failed: Call | None = None
         """The call that raised, if one did; its `outputs` are empty."""
         self._makers: dict[int, Call] = {}
+
+    def __enter__(self) -> "Trace":
+        super().__enter__()  # type: ignore[no-untyped-call]
+        if self._names:
+            self._hooks = [
+                register_module_forward_pre_hook(self._entered),
+                register_module_forward_hook(self._left, always_call=True),
+            ]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _entered(self, module: nn.Module, _: Any) -> None:
+        name = self._names.get(id(module))
+        if name is not None:
+            self._inside.append((name, self._times.get(name, 0)))
+            self._times[name] = self._times.get(name, 0) + 1
+
+    def _left(self, module: nn.Module, _: Any, __: Any) -> None:
+        if id(module) in self._names and self._inside:
+            self._inside.pop()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -70,7 +107,8 @@ class Trace(TorchFunctionMode):
         if name in _SILENT:
             return func(*args, **kwargs)
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
-        call = Call(len(self.calls), name, here(), inputs, [], [], name in _EXITS, torch.is_grad_enabled())
+        gradients_on, inside = torch.is_grad_enabled(), tuple(self._inside)
+        call = Call(len(self.calls), name, here(), inputs, [], [], name in _EXITS, gradients_on, inside)
         before = [tensor._version if not tensor.is_inference() else -1 for tensor in inputs]
         try:
             result = func(*args, **kwargs)
@@ -83,6 +121,7 @@ class Trace(TorchFunctionMode):
             for tensor, version in zip(inputs, before, strict=True)
             if version >= 0 and tensor._version != version
         ]
+        call.nodes = [tensor.grad_fn for tensor in call.outputs if tensor.grad_fn is not None]
         self.calls.append(call)
         for tensor in call.outputs:
             self._makers.setdefault(id(tensor), call)
