@@ -97,6 +97,8 @@ class Step:
         self._aside: Aside = []
         self._expected: dict[str, float] = {}
         self._moving = False
+        self.after_backward: list[Callable[[Tensor], None]] = []
+        """Instruments, called with the first root of each backward when it is over (`trainer.diagnose`)."""
 
     def __call__(self, window: Sequence[Any], norms: bool = False) -> Report:
         """One step on a window: a sequence of micro-batches, drawn whole.
@@ -151,6 +153,8 @@ class Step:
             except RuntimeError as error:
                 explain(error, self._as_it_was(micro_batch), tuple(roots))
                 raise
+            for look in self.after_backward:
+                look(roots[0])
         open_.count(micro_batch)
 
     def finish(self, norms: bool = False) -> Report:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.diagnose.audit import FirstStep, wiring
+from trainer.diagnose.retention import Retention
 from trainer.diagnose.watch import Watch
 from trainer.gradient.report import Report
 from trainer.loggers.events import Found
@@ -28,6 +29,9 @@ class Health:
         self.step: Callable[..., Report] = step
         if is_on and not step.clocks.windows:
             self.step = FirstStep(step, self._found, self._is_over)
+        if is_on:
+            held = {"model": step.model, "objective": step.objective}
+            step.after_backward.append(Retention(self._found, lambda: held))
 
     def notes(self) -> list[str]:
         """What can be said before the first step."""
