@@ -12,13 +12,13 @@ PACKAGE = ROOT / "trainer"
 
 # From the lowest room up: a room may import from rooms below it and from its own, never from above.
 LAYERS = [
-    ["errors", "settings"],
+    ["errors", "settings", "signals"],
     ["gradient.report", "gradient.clocks", "distributed", "kernels", "rng"],
     ["gradient"],
     ["optim", "data", "activations", "diagnose"],
     ["step", "modes", "device"],
     ["evaluate", "checkpoint", "loggers", "diagnose.health", "summary", "due"],
-    ["feed"],
+    ["feed", "held_out", "limits"],
     ["loop"],
     ["config", "verbs"],
     ["cli"],

@@ -113,7 +113,7 @@ def test_a_run_stopped_inside_an_evaluation_catches_up_on_it(tmp_path) -> None:
         trainer = trainer_of(
             "adamw", folder=folder, steps=STEPS, evaluate_every=2, evaluate_clock="steps", metrics_file=True, patience=3
         )
-        trainer._evaluation._metrics = Stops(2 * evaluation)  # two micro-batches in each
+        trainer._held_out.evaluation._metrics = Stops(2 * evaluation)  # two micro-batches in each
         with pytest.raises(KeyboardInterrupt):
             trainer.fit()
         again = goes_on("adamw", folder, patience=3)

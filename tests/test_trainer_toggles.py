@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -484,6 +486,25 @@ def test_the_audit(tmp_path, capsys, audit) -> None:
     assert ("gradient: median norm" in shown) == audit == bool(stop.health)
     found = EventAccumulator(str(tmp_path)).Reload()
     assert ("found/text_summary" in found.Tags()["tensors"]) == audit
+
+
+@tries("grace")
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals of POSIX")
+def test_grace(tmp_path) -> None:
+    def hangs(model, batch):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(20)
+
+    for grace in (0.1, 1.0):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        trainer = Trainer(
+            model, hangs, sgd(model.parameters(), lr=0.1), data=rows(4), steps=1, folder=tmp_path, grace=grace, **QUIET
+        )
+        began = time.monotonic()
+        with pytest.raises(SystemExit):
+            trainer.fit()
+        assert grace <= time.monotonic() - began < 10
 
 
 def test_every_keyword_has_its_test() -> None:

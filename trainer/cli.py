@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import help
-from trainer.errors import ConfigError, TrainerError, did_you_mean
+from trainer.errors import ConfigError, Stopped, TrainerError, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainerError as error:
         say(error)
         code = error.exit_code
+    except Stopped as stop:
+        code = stop.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C.", file=sys.stderr)
         code = INTERRUPTED

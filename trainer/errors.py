@@ -46,6 +46,20 @@ class TrainerWarning(UserWarning):
     """What goes wrong and does not stop the run, because it was asked not to."""
 
 
+class Stopped(SystemExit):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and its state is saved. Uncaught it ends the process with 75, the
+    exit code of what can be taken up again (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
+
+    def __init__(self) -> None:
+        super().__init__(self.exit_code)
+
+
+class Paused(BaseException):
+    """Raised between two micro-batches, of a window or of an evaluation: what is open stays so, to be gone on with."""
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """The hint behind a wrong name: the nearest right one, or all of them when none is near."""
     names = sorted(known)

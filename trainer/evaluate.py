@@ -12,7 +12,7 @@ import torch
 
 from trainer import modes, rng
 from trainer.diagnose.mistakes import Forward, explain
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, Paused
 from trainer.gradient.objective import MEAN, Sum, terms_of
 from trainer.gradient.precision import autocast
 from trainer.gradient.weigher import Weigher
@@ -25,6 +25,20 @@ _MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 Metrics = Callable[[Any, Any], Mapping[str, Sum]] | Mapping[str, Any]
+
+
+class Sums:
+    """An evaluation on its way: how many micro-batches and rows lie behind, and Σ total and Σ weight by name.
+
+    `rng` are the generators where it was paused.
+    """
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.rows = 0
+        self.terms: dict[str, list[Any]] = {}
+        self.metrics: dict[str, list[Any]] = {}
+        self.rng: dict[str, Any] | None = None
 
 
 class Evaluation:
@@ -55,44 +69,79 @@ class Evaluation:
         self._coefficients = dict(coefficients or {})
         self._weigher = Weigher(objective, count_rows)
         self._autocast = autocast(precision, device_type)
+        self.sums: Sums | None = None
+        """Of an evaluation that was paused."""
 
     def __call__(
-        self, model: Any, micro_batches: Iterable[Any], optimizers: Sequence[Any] = ()
+        self,
+        model: Any,
+        micro_batches: Iterable[Any] | Callable[[int], Iterable[Any]],
+        optimizers: Sequence[Any] = (),
+        between: Callable[[], None] | None = None,
     ) -> tuple[dict[str, float], int]:
         """The weighted means by name, `loss` first, and how many rows they are of.
 
-        NaN where nothing weighs anything. Raises DataError where there is no micro-batch, ConfigError for a metric that
-        cannot be summed or has a name that is taken.
+        `micro_batches` may be a function of the number of micro-batches that lie behind. `between` is called after each
+        one; when it raises Paused, the next call goes on from there. NaN where nothing weighs anything. Raises
+        DataError where there is no micro-batch, ConfigError for a metric that cannot be summed or has a name that is
+        taken.
         """
-        terms: dict[str, list[Any]] = {}
-        metrics: dict[str, list[Any]] = {}
         objects = self._torchmetrics()
-        rows = 0
+        sums, self.sums = self.sums or Sums(), None
         with (
             rng.preserved(),
             modes.in_eval(model, optimizers),
             _MODES[self.grad_mode](),
             self._autocast or nullcontext(),
         ):
-            for metric in objects.values():
-                metric.reset()
-            for micro_batch in micro_batches:
-                rows += self._weigher.rows(micro_batch)
+            if not sums.position:
+                for metric in objects.values():
+                    metric.reset()
+            left = micro_batches(sums.position) if callable(micro_batches) else micro_batches
+            if sums.rng is not None:
+                rng.restore(sums.rng)
+            for micro_batch in left:
+                sums.rows += self._weigher.rows(micro_batch)
                 try:
-                    self._add_terms(model, micro_batch, terms)
-                    self._add_metrics(model, micro_batch, metrics, objects)
+                    self._add_terms(model, micro_batch, sums.terms)
+                    self._add_metrics(model, micro_batch, sums.metrics, objects)
                 except RuntimeError as error:
                     explain(error, Forward(model, self._objective, micro_batch, {}))
                     raise
-            if not terms:
+                sums.position += 1
+                if between is not None:
+                    self._look(between, sums)
+            if not sums.terms:
                 raise DataError("the evaluation data gave no micro-batch: it is empty.")
+            terms = sums.terms
             found = {"loss": self._loss(terms), **{name: _mean(*pair) for name, pair in terms.items() if name != MEAN}}
-            own = {name: _mean(*pair) for name, pair in metrics.items()}
+            own = {name: _mean(*pair) for name, pair in sums.metrics.items()}
             own.update({name: float(metric.compute()) for name, metric in objects.items()})
         for name in own:
             if name in found:
                 raise ConfigError(f"the metric '{name}' has the name of one of the objective's terms: choose another.")
-        return {**found, **own}, rows
+        return {**found, **own}, sums.rows
+
+    def _look(self, between: Callable[[], None], sums: "Sums") -> None:
+        try:
+            between()
+        except Paused:
+            sums.rng = rng.capture()
+            self.sums = sums
+            raise
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """How far an evaluation came that was paused, None where there is none.
+
+        What torchmetrics objects hold cannot be saved by their protocol: with them it begins anew, and gives the same.
+        """
+        return None if self.sums is None or self._torchmetrics() else dict(vars(self.sums))
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        self.sums = None
+        if state is not None:
+            self.sums = Sums()
+            vars(self.sums).update({name: state[name] for name in vars(self.sums)})
 
     def _loss(self, terms: Mapping[str, list[Any]]) -> float:
         """As a step's report has it: a term that weighs nothing has no mean and says nothing about the others."""

@@ -1,6 +1,7 @@
 """What a run draws: the windows of an epoch from its place on, and what to draw again when one is given up."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from trainer import rng
@@ -10,6 +11,7 @@ from trainer.data.windows import FullWindow, Window, windows
 from trainer.errors import DataError
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.weigher import Weigher
+from trainer.signals import Signals
 
 
 class Feed:
@@ -21,16 +23,24 @@ class Feed:
         state: the run's place in the data.
         clocks: the step's.
         weigher: what tells whether every target of the data counts.
+        signals: told while the run waits for data, so that a stop need not wait for it.
     """
 
     def __init__(
-        self, source: Source, accumulation_steps: int, state: RunState, clocks: Clocks, weigher: Weigher
+        self,
+        source: Source,
+        accumulation_steps: int,
+        state: RunState,
+        clocks: Clocks,
+        weigher: Weigher,
+        signals: Signals,
     ) -> None:
         self.source = source
         self._accumulation_steps = accumulation_steps
         self._state = state
         self._clocks = clocks
         self._weigher = weigher
+        self._signals = signals
         self._rewind = rng.Rewind()
         self._marked = -1
         self._looked_at: list[int] = []
@@ -43,17 +53,40 @@ class Feed:
 
     def windows(self) -> Iterator[Window]:
         """The rest of this epoch, window by window. Raises DataError for an epoch without a micro-batch."""
-        clocks, rewind = self._clocks, self._rewind
-        rewind.mark()
-        self._marked = clocks.windows
+        signals = self._signals
+        self._mark()
+        signals.waiting = True
+        batches = windows(self._micro_batches(), self._accumulation_steps, self._kind())
+        signals.waiting = False
         count = 0
-        for window in windows(self._micro_batches(), self._accumulation_steps, self._kind()):
+        window = self._first(batches)
+        while window is not None:
             count += 1
             yield window
-            rewind.mark()
-            self._marked = clocks.windows
+            self._mark()
+            signals.waiting = True
+            window = next(batches, None)
+            signals.waiting = False
+        self._marked = -1
         if not count and not self._state.position:
             raise DataError("the data gave no micro-batch in a whole epoch: it is empty.")
+
+    def _first(self, batches: Iterator[Window]) -> Window | None:
+        """The first window. One that is open already is drawn as it was when it began, and what it drew since stays."""
+        state = self._state
+        with nullcontext() if state.window_rng is None else rng.preserved():
+            if state.window_rng is not None:
+                rng.restore(state.window_rng)
+            self._mark()
+            self._signals.waiting = True
+            window = next(batches, None)
+            self._signals.waiting = False
+        state.window_rng = None
+        return window
+
+    def _mark(self) -> None:
+        self._rewind.mark()
+        self._marked = self._clocks.windows
 
     def is_at_end(self) -> bool:
         """Whether the epoch's micro-batches are all drawn, where the data tells their number."""
@@ -65,8 +98,25 @@ class Feed:
 
     def take_back(self) -> None:
         """The open window was given up: what it drew is drawn again when the run goes on."""
-        if self._marked == self._clocks.windows:
+        self._signals.waiting = False
+        state = self._state
+        if state.window_rng is None and self._marked != self._clocks.windows:
+            return
+        if not (self.source.owns_order or state.position) and state.epoch_rng is not None:
+            rng.restore(state.epoch_rng)  # the epoch begins again, and draws its order again
+        elif state.window_rng is not None:
+            rng.restore(state.window_rng)
+        else:
             self._rewind.back()
+        state.window_rng = None
+
+    def keep_open(self) -> None:
+        """The open window will be gone on with: the run's state keeps what it takes to draw it again."""
+        self._signals.waiting = False
+        if self._state.window_rng is None:
+            with rng.preserved():
+                self._rewind.back()
+                self._state.window_rng = rng.capture()
 
     def _kind(self) -> type[Window]:
         """Full windows where all targets in memory count, looked at again only where somebody changed them."""
@@ -84,7 +134,7 @@ class Feed:
         place = state.order_seed, self._clocks.epochs, state.position
         if self.source.owns_order:
             return self.source.micro_batches(*place)
-        if not state.position or state.epoch_rng is None:
+        if state.epoch_rng is None or not (state.position or state.window_rng):
             state.epoch_rng = rng.capture()
             return self.source.micro_batches(*place)
         with rng.preserved():

@@ -1,7 +1,8 @@
 """The run: window → step → report → loggers → evaluate → checkpoint → stop."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,24 @@ from torch import nn
 
 from trainer import modes, rng, summary
 from trainer.checkpoint.run_state import BEST, LAST, RunState
-from trainer.data.sources import Source, source_of
+from trainer.data.sources import source_of
 from trainer.device import device_of, placed
 from trainer.diagnose.health import Health
 from trainer.due import Due
-from trainer.errors import ConfigError, DivergedError, GradientError, TrainerError
-from trainer.evaluate import Evaluation, Metrics
+from trainer.errors import ConfigError, DivergedError, GradientError, Paused, Stopped, TrainerError
+from trainer.evaluate import Metrics
 from trainer.feed import Feed
 from trainer.gradient.precision import width
 from trainer.gradient.report import Report
 from trainer.gradient.skips import Rule
 from trainer.gradient.transforms.chain import Transform
+from trainer.held_out import HeldOut
+from trainer.limits import Limits
 from trainer.loggers.chosen import chosen
-from trainer.loggers.events import Evaluated, Start, Stop
+from trainer.loggers.events import Evaluated, Stop
 from trainer.loggers.together import Together
 from trainer.settings import Settings, from_flat
+from trainer.signals import Signals
 from trainer.step import Step
 
 
@@ -93,31 +97,20 @@ class Trainer:
             skip_if=skip_if,
             gradient=self.settings.gradient,
         )
-        self._held_out: Source | None = None
-        if evaluation_data is not None:
-            self._held_out = placed(
-                source_of(evaluation_data, self.settings.data, evaluation=True), self._device, dtype
-            )
-        self._evaluation = Evaluation(
-            self.step.objective,
-            metrics,
-            self.settings.evaluation.grad_mode,
-            self.settings.gradient.coefficients,
-            count_rows,
-            self.settings.precision,
-            self._device.type,
+        self._signals = Signals(self.settings.checkpoint.grace)
+        self._held_out = HeldOut(
+            evaluation_data, self.step, metrics, self.settings, self._device, self._signals, count_rows
         )
         self._loggers = Together([*chosen(self.settings.loggers, self.folder), *loggers])
         self._health = Health(self.step, self._loggers.found, self.settings.audit)
-        self.state = RunState(model, self.step, self.settings, self.folder, self.config)
+        parts = {"evaluation": self._held_out, "health": self._health}
+        self.state = RunState(model, self.step, self.settings, self.folder, self.config, parts)
         self.go_on: str | None = None
         self.last_report: Report | None = None
-        self._counted_limits: list[tuple[str, int]] = []
+        self._limits = Limits(self.step.clocks, self.state)
         source = placed(source_of(data, self.settings.data), self._device, dtype)
-        self._feed = Feed(
-            source, self.settings.gradient.accumulation_steps, self.state, self.step.clocks, self.step.weigher
-        )
-        self._began = 0.0
+        window = self.settings.gradient.accumulation_steps
+        self._feed = Feed(source, window, self.state, self.step.clocks, self.step.weigher, self._signals)
 
     def fit(self, resume: str | Path = "never") -> Stop:
         """Train until a limit is reached; called again, go on from where it stopped.
@@ -125,43 +118,37 @@ class Trainer:
         Args:
             resume: `never`, `auto` (the folder's last checkpoint where there is one), or a checkpoint's path.
         """
-        with self.state.opened():
+        # Without a folder nothing can be saved for later: signals then do what they always do.
+        with self.state.opened(), self._signals if self.folder else nullcontext():
             return self._fit(resume)
 
     def _fit(self, resume: str | Path) -> Stop:
-        limits = self.settings.limits
-        if limits.epochs is limits.steps is limits.rows is limits.time is None:
-            raise ConfigError("no limit is set, so the run would never end: set limits.epochs, steps, rows or time.")
-        counted = {"steps": limits.steps, "rows": limits.rows, "epochs": limits.epochs}
-        self._counted_limits = [(clock, limit) for clock, limit in counted.items() if limit is not None]
+        self._limits.start(self.settings.limits)
         resumed = self.state.resume(resume)
         if self.step.is_torn:
             raise GradientError(
                 "the last step was cut off while its parameters were being changed: go on from a checkpoint (resume=)."
             )
-        if self.settings.seed is not None and resumed is None and not self.step.clocks.windows:
+        if self.settings.seed is not None and resumed is None and not (self.step.clocks.windows or self.step.is_open):
             rng.seed_all(self.settings.seed)
         notes = [*modes.set_train(self.model, self.step.optimizers), *self._health.notes()]
         self._feed.start()
-        self._began = time.monotonic()
-        start = self._start(resumed, notes)
+        who = {"recipe": self.recipe, "folder": self.folder, "config": self.config, "device": str(self._device)}
+        start = summary.start(self.step, self._feed.source, self.settings, notes, resumed, **who)
         try:
             self._loggers.start(start)
             reason = self._run()
         except BaseException as error:
-            keep = not (self.step.is_torn or isinstance(error, DivergedError))
-            if keep:
-                self._feed.take_back()
-            name = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__
-            if isinstance(error, TrainerError):
-                self.go_on = None  # the same words would come to the same error
-            self._stop(f"stopped by {name}", keep)
+            self._give_up(error)
+            if isinstance(error, Paused):
+                raise Stopped from None
             raise
-        return self._stop(reason, keep=True)
+        self._signals.end()
+        return self._stop(reason, self.state.finish)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the held-out data: the loss and the metrics by name. Nothing else changes."""
-        return self._evaluate()[0]
+        return self._held_out.evaluate_anew()[0]
 
     def load(self, path: str | Path) -> None:
         """Put the parameters of a checkpoint, a `model.safetensors` or a run's folder into the model."""
@@ -172,18 +159,21 @@ class Trainer:
     def _run(self) -> str:
         clocks = self.step.clocks
         log = Due(self.settings.loggers.every, self.settings.loggers.clock, at_once=True)
-        evaluate = Due(self.settings.evaluation.every if self._held_out else None, self.settings.evaluation.clock)
+        held_out = self._held_out.source is not None
+        evaluate = Due(self.settings.evaluation.every if held_out else None, self.settings.evaluation.clock)
         save = Due(self.settings.checkpoint.every if self.folder else None, self.settings.checkpoint.clock)
         for due in (log, evaluate, save):
             due.start(clocks)
-        ticks = [*self._loggers.ticks, *self.state.ticks]
+        ticks, signals, limits = [*self._loggers.ticks, *self.state.ticks], self._signals, self._limits
         report: Report | None = None
-        if self.state.owes_evaluation and self._held_out is not None:
+        if self.state.owes_evaluation and held_out:
             self._evaluated()
-        reason = self._reached()
+        reason = limits.reached()
+        if reason is None:
+            self._held_out.evaluation.sums = None  # an evaluation at an end that is none any more
         while reason is None:
             for window in self._feed.windows():
-                report = self.last_report = self._health.step(window, norms=log.is_near(clocks))
+                report = self.last_report = self._health.step(window, log.is_near(clocks), self._between)
                 for tick in ticks:
                     tick()
                 if report._skipped is True:
@@ -195,35 +185,61 @@ class Trainer:
                     self._evaluated()
                 if save(clocks):
                     self._save(LAST)
-                if reason := self._reached():
+                if reason := limits.reached():
                     break
+                if signals.asked and not self._feed.is_at_end():
+                    self._answer()
             if reason is None or self._feed.is_at_end():
                 self.state.next_epoch()
-                if report is not None and self._reached():
+                if report is not None and limits.reached():
                     self._log(report)  # the last step's line comes before what is evaluated after it
                     report = None
                 if evaluate(clocks):
                     self._evaluated()
                 if save(clocks):
                     self._save(LAST)
-                reason = self._reached()
+                reason = limits.reached()
+                if signals.asked and reason is None:
+                    self._answer()
         if report is not None:
             self._log(report)
-        if self._held_out is not None and self.state.evaluated_at != clocks.windows:
+        if held_out and self.state.evaluated_at != clocks.windows:
             self._evaluated(due=False)
         return reason
 
-    def _reached(self) -> str | None:
-        """Which limit is reached, in words."""
-        limits = self.settings.limits
-        for clock, limit in self._counted_limits:
-            if self.step.clocks.has_reached(clock, limit):
-                return f"{limit} {clock} done"
-        if limits.time is not None and time.monotonic() - self._began >= limits.time:
-            return f"{limits.time:g} seconds are over"
-        if limits.patience is not None and self.state.evaluations_without_best >= limits.patience:
-            return f"no new best in {limits.patience} evaluations"
-        return None
+    # Asked by a signal.
+
+    def _between(self) -> None:
+        """Between two micro-batches of a window."""
+        if self._signals.asked:
+            self._feed.keep_open()
+            self._answer()
+            self.state.window_rng = None
+
+    def _answer(self) -> None:
+        """Save and go on, or stop."""
+        if self._signals.to_stop:
+            raise Paused
+        self._signals.asked = None
+        self._save(LAST)
+
+    def _give_up(self, error: BaseException) -> None:
+        """The run is stopped: what can be gone on with is saved, where the window that is open is given up or kept."""
+        self._signals.end()
+        paused = isinstance(error, Paused)
+        if not self.step.is_torn:
+            if paused and self.step.is_open:
+                self._feed.keep_open()
+            else:
+                self.step.cancel()
+                self._feed.take_back()
+        name = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+        if isinstance(error, TrainerError):
+            self.go_on = None  # the same words would come to the same error
+        keep = self.state.pause if paused else self.state.finish
+        if self.step.is_torn or isinstance(error, DivergedError):
+            keep = self.state.leave
+        self._stop(self._signals.reason if paused else f"stopped by {name}", keep)
 
     def _skipped(self, report: Report) -> None:
         """Tell the loggers, and stop a run that only skips. On a device it comes when the report is read anyway."""
@@ -241,23 +257,15 @@ class Trainer:
             self._skipped(report)
         self._health.look(report)
         self._loggers.look(self.step.parameters.by_name, report)
-        self._loggers.step(report, time.monotonic() - self._began)
-
-    def _evaluate(self) -> tuple[dict[str, float], int]:
-        if self._held_out is None:
-            raise ConfigError("there is no evaluation data: give evaluation_data= (of a recipe: the Split's second).")
-        return self._evaluation(self.model, self._held_out_batches(self._held_out), self.step.optimizers)
-
-    def _held_out_batches(self, source: Source) -> Iterator[Any]:
-        yield from source.micro_batches(0, 0, 0)  # a DataLoader draws when first asked: inside the evaluation
+        self._loggers.step(report, self._limits.seconds)
 
     def _evaluated(self, due: bool = True) -> None:
         began = time.monotonic()
         self.state.owes_evaluation = due
-        metrics, rows = self._evaluate()
+        metrics, rows = self._held_out.measure(self._answer)
         best = self.state.judge(metrics, due)
         clocks = self.step.clocks.as_dict()
-        event = Evaluated(metrics, clocks, rows, time.monotonic() - began, self._evaluation.grad_mode, best)
+        event = Evaluated(metrics, clocks, rows, time.monotonic() - began, self.settings.evaluation.grad_mode, best)
         self._loggers.evaluate(event, self.model)
         if best and self.folder is not None and self.settings.checkpoint.best:
             self._save(BEST)
@@ -266,36 +274,18 @@ class Trainer:
         self._loggers.flush()
         self.state.save(name)
 
-    def _start(self, resumed: Path | None, notes: list[str]) -> Start:
-        return Start(
-            recipe=self.recipe,
-            folder=self.folder,
-            model=type(self.model).__name__,
-            parameters=summary.parameter_count(self.step),
-            device=str(self._device),
-            precision=self.settings.precision,
-            window=summary.window(self.settings, self._feed.source, self.step),
-            notes=[*notes, *summary.notes(self.step, self._feed.source, self.settings)],
-            config=self.config,
-            total_windows=summary.total_windows(self.settings, self._feed.source),
-            clocks=self.step.clocks.as_dict(),
-            resumed_from=resumed,
-            step_clock=self.settings.loggers.axis,
-        )
-
-    def _stop(self, reason: str, keep: bool) -> Stop:
+    def _stop(self, reason: str, keep: Callable[[], None]) -> Stop:
         """Save, and tell the loggers, also where saving fails."""
         try:
-            if keep:
-                self._loggers.flush()
-                self.state.finish()
+            self._loggers.flush()
+            keep()
         finally:
             files = self.state.files()
             stop = Stop(
                 reason=reason,
                 clocks=self.step.clocks.as_dict(),
                 skips=self.state.skips,
-                seconds=time.monotonic() - self._began,
+                seconds=self._limits.seconds,
                 metrics=self.state.metrics,
                 best=self.state.best,
                 files=files,

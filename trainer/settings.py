@@ -180,6 +180,9 @@ class CheckpointSettings:
     on_error: Literal["stop", "warn"] = setting(
         "stop", "what a save that fails does: stop the run, or warn and train on", flat="checkpoint_on_error"
     )
+    grace: float = setting(
+        20.0, "seconds that a stop by a signal waits for the micro-batch to end before the window is given up", gt=0
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -18,7 +18,7 @@ from trainer import kernels
 from trainer.activations.segments import segments_for
 from trainer.diagnose.mistakes import Forward, explain, not_connected
 from trainer.distributed.ranks import OneProcess, Ranks
-from trainer.errors import ConfigError, DivergedError, GradientError
+from trainer.errors import ConfigError, DivergedError, GradientError, Paused
 from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clipping import Clipping, Measured
@@ -100,11 +100,12 @@ class Step:
         self.after_backward: list[Callable[[Tensor], None]] = []
         """Instruments, called with the first root of each backward when it is over (`trainer.diagnose`)."""
 
-    def __call__(self, window: Sequence[Any], norms: bool = False) -> Report:
+    def __call__(self, window: Sequence[Any], norms: bool = False, between: Callable[[], None] | None = None) -> Report:
         """One step on a window: a sequence of micro-batches, drawn whole.
 
         `norms` asks for the gradient norm in the report where no clip computes it anyway. When the objective raises,
-        the window is cancelled: parameters, buffers and optimizer are as they were before it.
+        the window is cancelled: parameters, buffers and optimizer are as they were before it. `between` is called
+        between two micro-batches; when it raises Paused, the window stays open, for a later call or for `state_dict`.
         """
         if not len(window):
             raise ConfigError("the window holds no micro-batch: there is nothing to step on.")
@@ -114,9 +115,14 @@ class Step:
             done = self._open.micro_batches
         try:
             for micro_batch in window[done:] if done else window:
+                if between is not None and self._open is not None:
+                    between()
                 self.accumulate(micro_batch, window)
-        except BaseException:
-            self.cancel()
+        except BaseException as error:
+            if isinstance(error, Paused) and self._open is not None and self.is_open:
+                self._open.drawn = None  # to be drawn again
+            else:
+                self.cancel()
             raise
         return self.finish(norms)
 
@@ -323,6 +329,11 @@ class Step:
             raise GradientError(
                 "the last step was cut off while its parameters were being changed: load the last checkpoint first."
             )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a window is open, each of its micro-batches wholly in it: `state_dict` can save it so."""
+        return self._open is not None and 0 < self._open.micro_batches == self._open.entered
 
     @property
     def is_torn(self) -> bool:

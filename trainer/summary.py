@@ -1,14 +1,35 @@
 """What a run says of itself before it starts: the window as an equation, and what was assumed."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from trainer.data.sources import Source
 from trainer.gradient.model_loss import ModelLoss
 from trainer.gradient.objective import Supervised
 from trainer.gradient.precision import slow_here
+from trainer.loggers.events import Start
 from trainer.optim.update import could_be_fused
 from trainer.settings import Settings
 from trainer.step import Step
+
+
+def start(
+    step: Step, source: Source, settings: Settings, also: Sequence[str], resumed: Path | None, **who: Any
+) -> Start:
+    """How the run begins. `also` are notes that come first; `who` is its recipe, folder, config and device."""
+    return Start(
+        model=type(step.model).__name__,
+        parameters=parameter_count(step),
+        precision=settings.precision,
+        window=window(settings, source, step),
+        notes=[*also, *notes(step, source, settings)],
+        total_windows=total_windows(settings, source),
+        clocks=step.clocks.as_dict(),
+        resumed_from=resumed,
+        step_clock=settings.loggers.axis,
+        **who,
+    )
 
 
 def parameter_count(step: Step) -> int:

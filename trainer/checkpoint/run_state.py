@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ LAST, BEST = "last", "best"
 _OWN = (
     "epoch_began", "order_seed", "epoch_rng",
     "best", "evaluations_without_best", "metrics", "evaluated_at", "owes_evaluation",
+    "window_rng",
 )  # fmt: skip
 
 
 class RunState:
     """The state of a run beside its step: position, best, and the files they lie in.
+
+    Args:
+        parts: what else has a state (`state_dict`, `load_state_dict`) that goes along, by name.
 
     Attributes:
         epoch_began: the micro_batches clock at the start of the epoch.
@@ -34,15 +38,25 @@ class RunState:
         evaluated_at: the windows clock at the last evaluation.
         owes_evaluation: whether an evaluation was due that did not come to its end.
         epoch_rng: the generators at the epoch's start, where the data draws its order from them.
+        window_rng: the generators before the open window was drawn, where one is saved open.
     """
 
-    def __init__(self, model: Any, step: Step, settings: Settings, run: Path | None, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        step: Step,
+        settings: Settings,
+        run: Path | None,
+        config: dict[str, Any],
+        parts: Mapping[str, Any] | None = None,
+    ) -> None:
         self._model = model
         self._step = step
         self._settings = settings
         self._folder = run
         self._saving = None if run is None else Saving(run, settings.checkpoint)
         self._config = config
+        self._parts = dict(parts or {})
         self.epoch_began = 0
         self.order_seed = settings.seed if settings.seed is not None else secrets.randbits(62)
         self.best: tuple[str, float, int] | None = None
@@ -51,6 +65,7 @@ class RunState:
         self.evaluated_at = -1
         self.owes_evaluation = False
         self.epoch_rng: dict[str, Any] | None = None
+        self.window_rng: dict[str, Any] | None = None
 
     @property
     def position(self) -> int:
@@ -114,7 +129,9 @@ class RunState:
         """
         if self._saving is None:
             raise ConfigError("there is no folder to save into: give folder=.")
-        state = contents.take(self._model, self._step, {name: getattr(self, name) for name in _OWN}, self._config)
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        run = {name: getattr(self, name) for name in _OWN} | {"parts": parts}
+        state = contents.take(self._model, self._step, run, self._config)
         best = None if name != BEST or self.best is None else (self.best[0], self.best[1])
         self._saving.save(state, self._step.clocks.as_dict(), best, self._check())
 
@@ -145,7 +162,10 @@ class RunState:
     def _load(self, path: Path) -> None:
         state = store.load(path)
         finite = self._settings.gradient.nonfinite != "allow"
-        run = contents.put_back(state, self._model, self._step, _OWN, path, finite)
+        run = contents.put_back(state, self._model, self._step, (*_OWN, "parts"), path, finite)
+        parts = run.pop("parts")
+        for name, part in self._parts.items():
+            part.load_state_dict(parts.get(name))
         for name, value in run.items():
             setattr(self, name, value)
 
@@ -164,6 +184,15 @@ class RunState:
                 self._saving.wait()
         finally:
             finished.save_finished_model(self._folder / finished.MODEL, self._model, self._step.optimizers)
+
+    def pause(self) -> None:
+        """Write the state of a run that will be gone on with. Raises CheckpointError."""
+        if self._saving is not None and (self._step.clocks.windows or self._step.is_open):
+            self.save(LAST)
+            self._saving.wait()
+
+    def leave(self) -> None:
+        """Write nothing: what was saved before is better."""
 
     def files(self) -> dict[str, Path]:
         """What lies in the folder."""

@@ -88,10 +88,10 @@ class FirstStep:
         self._found = found
         self._over = over
 
-    def __call__(self, window: Sequence[Any], norms: bool = False) -> Report:
+    def __call__(self, window: Sequence[Any], norms: bool = False, between: Callable[[], None] | None = None) -> Report:
         parameters = self._step.parameters.by_name
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        report: Report = self._step(window, norms=norms)
+        report: Report = self._step(window, norms, between)
         if not report.skipped:
             self._over()
             forward = Forward(self._step.model, self._step.objective, window[0], parameters)

@@ -1,6 +1,6 @@
 """A run's audit and its watch over gradients: what they find is told to the loggers, each thing once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.diagnose.audit import FirstStep, wiring
@@ -46,6 +46,16 @@ class Health:
     def words(self) -> list[str]:
         """How the gradient did, for the run's end."""
         return self._watch.health() if self._watch is not None else []
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was seen and said so far; None where nothing is looked at."""
+        return self._watch.state_dict() if self._watch is not None else None
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        if self._watch is not None and state is not None:
+            self._watch.load_state_dict(state)
+        if self._step.clocks.steps:
+            self._is_over()
 
     def _is_over(self) -> None:
         self.step = self._step

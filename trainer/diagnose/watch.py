@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,23 @@ class Watch:
             *self._stale(parameters, sizes, step),
             *self._exploded(report, gradients, sizes),
         ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "norms": list(self._norms),
+            "small": dict(self._small),
+            "missing": dict(self._missing),
+            "had": sorted(self._had),
+            "said": sorted(self._said),
+            "looks": self._looks,
+            "skips": self._skips,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._norms = deque(state["norms"], maxlen=_REMEMBERED)
+        self._small, self._missing = dict(state["small"]), dict(state["missing"])
+        self._had, self._said = set(state["had"]), set(state["said"])
+        self._looks, self._skips = state["looks"], state["skips"]
 
     def health(self) -> list[str]:
         """How the gradient did, in words, for the end of a run."""

@@ -1,0 +1,48 @@
+"""When a run ends: the limits, looked at after every window."""
+
+import time
+
+from trainer.checkpoint.run_state import RunState
+from trainer.errors import ConfigError
+from trainer.gradient.clocks import Clocks
+from trainer.settings import LimitSettings
+
+
+class Limits:
+    """The first of the limits that is reached ends the run.
+
+    Seconds are of a clock that cannot jump: setting the machine's time neither ends a run nor keeps it alive.
+    """
+
+    def __init__(self, clocks: Clocks, state: RunState) -> None:
+        self._settings = LimitSettings()
+        self._clocks = clocks
+        self._state = state
+        self._counted: list[tuple[str, int]] = []
+        self._began = 0.0
+
+    def start(self, settings: LimitSettings) -> None:
+        """The run begins or goes on. Raises ConfigError where no limit would ever end it."""
+        self._settings = settings
+        if settings.epochs is settings.steps is settings.rows is settings.time is None:
+            raise ConfigError("no limit is set, so the run would never end: set limits.epochs, steps, rows or time.")
+        counted = {"steps": settings.steps, "rows": settings.rows, "epochs": settings.epochs}
+        self._counted = [(clock, limit) for clock, limit in counted.items() if limit is not None]
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began or went on."""
+        return time.monotonic() - self._began
+
+    def reached(self) -> str | None:
+        """Which limit is reached, in words."""
+        settings = self._settings
+        for clock, limit in self._counted:
+            if self._clocks.has_reached(clock, limit):
+                return f"{limit} {clock} done"
+        if settings.time is not None and self.seconds >= settings.time:
+            return f"{settings.time:g} seconds are over"
+        if settings.patience is not None and self._state.evaluations_without_best >= settings.patience:
+            return f"no new best in {settings.patience} evaluations"
+        return None
