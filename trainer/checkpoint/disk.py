@@ -85,6 +85,11 @@ def make_folder(folder: Path) -> None:
         sync_folder(one.parent)
 
 
+def begin(folder: Path) -> None:
+    """Make the folder that a save is written into."""
+    os.mkdir(folder)
+
+
 def move(source: Path, target: Path) -> None:
     """Give a folder its name, or a file its place; the name is on the disk afterwards."""
     os.replace(source, target)
@@ -98,6 +103,11 @@ def remove(folder: Path, gone: Path) -> None:
     for name in os.listdir(gone):
         os.unlink(gone / name)
     os.rmdir(gone)
+
+
+def discard(file: Path) -> None:
+    """Take one file away."""
+    os.unlink(file)
 
 
 def free(folder: Path) -> str:

@@ -154,7 +154,7 @@ def sweep(run: Path) -> list[Path]:
         try:
             if path.parent == run:
                 if path.name.startswith(".model.safetensors.") and path.is_file():
-                    path.unlink()
+                    disk.discard(path)
                     removed.append(path)
             elif path.is_dir() and all(_is_ours(inside) for inside in path.iterdir()):
                 disk.remove(path, path)

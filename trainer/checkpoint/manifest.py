@@ -88,7 +88,7 @@ def read(folder: Path) -> Manifest:
         data = handle.read(_LARGEST + 1)
     body, end = data[:-_END], data[-_END:]
     digest = hashlib.sha256(body).hexdigest().encode()
-    if end != _BEFORE + digest + _AFTER:
+    if not _is_right(end, _BEFORE + digest + _AFTER):
         raise CheckpointError(f"{path} is damaged: its bytes are not those that were written (SHA-256).")
     document = strict.parsed(data, path, _LARGEST)
     if isinstance(document, dict) and document.get("format") != FORMAT:
@@ -147,14 +147,18 @@ def pieces(folder: Path, manifest: Manifest, name: str, at_once: int = 1 << 22) 
     path, entry = folder / name, manifest.files[name]
     with opened(path) as handle:
         size = os.fstat(handle.fileno()).st_size
-        if size != entry.bytes:
+        if not _is_right(size, entry.bytes):
             raise CheckpointError(f"{path} is damaged: it has {size} bytes where {entry.bytes} were written.")
         digest = hashlib.sha256()
         while piece := handle.read(at_once):
             digest.update(piece)
             yield piece
-    if digest.hexdigest() != entry.sha256:
+    if not _is_right(digest.hexdigest(), entry.sha256):
         raise CheckpointError(f"{path} is damaged: its bytes are not those that were written (SHA-256).")
+
+
+def _is_right(found: object, written: object) -> bool:
+    return found == written
 
 
 def opened(path: Path) -> Any:

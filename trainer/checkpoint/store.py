@@ -53,7 +53,7 @@ def write(path: Path, taken: nested.Snapshot, label: Label) -> Manifest:
         disk.make_folder(path.parent)
         if os.path.lexists(path):
             raise FileExistsError(f"{path.name} is there already")
-        os.mkdir(pending)
+        disk.begin(pending)
         files = {name: Entry(*disk.write(pending / name, made())) for name, made in taken.files().items()}
         written = Manifest(
             number=label.number,
@@ -111,6 +111,17 @@ def load(path: Path) -> dict[str, Any]:
     return nested.together(structure, tensors, path / manifest.STATE)
 
 
+def newest(run: Path) -> tuple[Path | None, dict[str, Any], list[CheckpointError]]:
+    """The newest checkpoint of a run's folder that is whole, its state, and what is wrong with those passed over."""
+    damaged = []
+    for one in folder.newest_first(run):
+        try:
+            return one.path, load(one.path), damaged
+        except CheckpointError as error:
+            damaged.append(error)
+    return None, {}, damaged
+
+
 def _manifest_of(path: Path) -> Manifest:
     if path.is_file():
         raise CheckpointError(
@@ -150,4 +161,4 @@ def replace(path: Path, tensors: dict[str, Tensor]) -> None:
         raise failed(path, error, sum(numbers.size_of(tensor) for tensor in tensors.values())) from None
     finally:
         if os.path.lexists(pending):
-            os.unlink(pending)
+            disk.discard(pending)
