@@ -117,7 +117,7 @@ CASES: dict[str, Callable[[Path, Path], None]] = {
     "a header behind the end": with_file("model.safetensors", header(tensor(), 4096, bytes(12))),
     "a header nested 100,000 deep": with_file("model.safetensors", header("[" * 100_000)),
     "a tensor of 2^62 numbers": with_file("model.safetensors", header(tensor(shape=[1 << 62, 4]), None, bytes(12))),
-    "a tensor behind its file": with_file("model.safetensors", header(tensor(data_offsets=[0, 1 << 40]), None, b""))),
+    "a tensor behind its file": with_file("model.safetensors", header(tensor(data_offsets=[0, 1 << 40]), None, b"")),
     "a tensor before its file": with_file("model.safetensors", header(tensor(data_offsets=[-12, 0]), None, bytes(12))),
     "two tensors in one place": with_file(
         "model.safetensors", header(tensor()[:-1] + ", " + tensor()[1:].replace('"w"', '"v"'), None, bytes(12))

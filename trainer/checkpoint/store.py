@@ -113,7 +113,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def newest(run: Path) -> tuple[Path | None, dict[str, Any], list[CheckpointError]]:
     """The newest checkpoint of a run's folder that is whole, its state, and what is wrong with those passed over."""
-    damaged = []
+    damaged: list[CheckpointError] = []
     for one in folder.newest_first(run):
         try:
             return one.path, load(one.path), damaged
