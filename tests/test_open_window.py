@@ -9,7 +9,6 @@ from runs import taken
 from torch import Tensor, nn
 
 from trainer import ConfigError, Step, Sum, supervised
-from trainer.distributed.ranks import OneProcess
 from trainer.gradient.objective import Term
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.seeds import _SEEDS
@@ -149,7 +148,7 @@ def window(
     reduction: str = "mean", drawn: list[Tensor] | None = None, expected: dict[str, float] | None = None
 ) -> OpenWindow:
     weigher = Weigher(lambda m, b: b)
-    return OpenWindow(GradientSettings(reduction=reduction), weigher, OneProcess(), drawn, expected or {})
+    return OpenWindow(GradientSettings(reduction=reduction), weigher, drawn, expected or {})
 
 
 def seeds(open_: OpenWindow, micro_batches: list[Tensor]) -> list[float]:

@@ -203,49 +203,6 @@ def test_segments_are_computed_again_in_backward_and_rows_are_counted_as_told() 
     assert calls == {None: 2, 2: 4}
 
 
-class TwoRanks:
-    """This rank and another one whose micro-batches are the same rows again."""
-
-    def __init__(self, averaged: bool, other_is_bad: bool = False) -> None:
-        self.averaged = averaged
-        self.world_size = 2 if averaged else 1
-        self.other_is_bad = other_is_bad
-
-    def sum_weight(self, weight: float) -> float:
-        return 2 * weight
-
-    def sum_gradients(self, gradients: list[Tensor]) -> None:
-        for gradient in gradients:
-            gradient.mul_(1 if self.averaged else 2)
-
-    def any_flag(self, flag: bool) -> bool:
-        return flag or self.other_is_bad
-
-
-@pytest.mark.parametrize("averaged", [True, False])
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("terms", [True, False])
-def test_ranks_take_part_in_weights_gradients_and_the_verdict(averaged: bool, whole: bool, terms: bool) -> None:
-    def objective(m: nn.Module, b: tuple[Tensor, Tensor]) -> dict[str, Sum]:
-        error = (m(b[0]) - b[1]).square()
-        parts = {"error": Sum(error.sum(), error.numel()), "size": Sum(m(b[0]).abs().sum(), len(b[0]))}
-        return parts if terms else {"error": parts["error"]}
-
-    window = cut(rows(6), [4, 2])
-    found = []
-    for ranks in (None, TwoRanks(averaged)):
-        model = mlp()
-        step = Step(model, objective, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
-        for micro_batch in window:
-            step.accumulate(micro_batch, window if whole else None)
-        report = step.finish()
-        found.append((report.loss, {name: parameter.grad for name, parameter in model.named_parameters()}))
-    assert farthest(found[1][1], found[0][1]) <= 1e-12
-    assert found[1][0] == pytest.approx(found[0][0])
-    model = mlp()
-    assert Step(model, objective, Manual(model.parameters()), ranks=TwoRanks(averaged, True))(window).skipped
-
-
 def test_the_schedule_follows_the_steps_and_the_report_shows_the_rate() -> None:
     model = mlp()
     step = Step(model, MSE, torch.optim.SGD(model.parameters(), lr=0.5), schedule=constant(warmup=4))

@@ -34,6 +34,10 @@ class CheckpointError(TrainerError):
     exit_code = 5
 
 
+class LostRankError(TrainerError):
+    """Another rank is gone or does not answer, so that this one cannot go on."""
+
+
 class ObjectiveError(TrainerError):
     """An objective whose answer is not something that can be differentiated as a window asks."""
 

@@ -25,6 +25,7 @@ from trainer.gradient.clipping import Clipping, Measured
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.objective import Objective, as_objective, terms_of
 from trainer.gradient.open_window import OpenWindow
+from trainer.gradient.over_ranks import reducer_for, why
 from trainer.gradient.parameters import Trained
 from trainer.gradient.precision import autocast, check_precision
 from trainer.gradient.report import Number, Report
@@ -49,7 +50,7 @@ class Step:
         activation_checkpointing: its settings, a number of segments, or patterns of module names.
         precision: fp32, bf16 or fp16 (autocast; fp16 with a loss scale), or fp64 (the parameters are float64 already).
         count_rows: rows of a micro-batch; by default the first dimension of its first tensor.
-        ranks: other processes; by default there are none.
+        ranks: other processes (`ManyProcesses()` of a process group that you made); by default there are none.
         transforms: what changes the gradient before it is clipped, in this order (`trainer.gradient.transforms`).
         skip_if: a rule of your own: `skip_if(report)` says True, or why, where the step must not be taken.
         gradient: the toggles as settings; or give them by keyword: `clip_norm=1.0`, `reduction="sum"`, ….
@@ -92,7 +93,8 @@ class Step:
         self._transforms = Transforms(transforms, self.parameters.by_name, self.settings.nonfinite == "allow")
         self._skip_if = skips.checked(skip_if)
         self._is_watched = bool(transforms) or skip_if is not None
-        self._inspector = Inspector(self.settings.nonfinite == "allow", self.ranks, self.device)
+        self._inspector = Inspector(self.settings.nonfinite == "allow", self.device)
+        self._reducer = reducer_for(self.ranks, self.settings, self.weigher, self.device)
         self._open: OpenWindow | None = None
         self._aside: Aside = []
         self._expected: dict[str, float] = {}
@@ -107,13 +109,15 @@ class Step:
         the window is cancelled: parameters, buffers and optimizer are as they were before it. `between` is called
         between two micro-batches; when it raises Paused, the window stays open, for a later call or for `state_dict`.
         """
-        if not len(window):
+        if not len(window) and self._reducer is None:
             raise ConfigError("the window holds no micro-batch: there is nothing to step on.")
         done = 0
         if self._open is not None:
             self._open.join(window)
             done = self._open.micro_batches
         try:
+            if not len(window):
+                self._begin(window)  # this rank has nothing, others may have
             for micro_batch in window[done:] if done else window:
                 if between is not None and self._open is not None:
                     between()
@@ -165,8 +169,8 @@ class Step:
 
     def finish(self, norms: bool = False) -> Report:
         """End the window: in a step, or in a skip that leaves parameters, buffers and optimizer state as they were."""
-        open_ = self._open
-        if open_ is None or not open_.micro_batches:
+        open_ = self._begin(None) if self._open is None and self._reducer is not None else self._open
+        if open_ is None or (self._reducer is None and not open_.micro_batches):
             raise ConfigError("finish() came without an open window: call accumulate(micro_batch) before it.")
         open_.check_whole()
         try:
@@ -186,21 +190,24 @@ class Step:
 
     def _begin(self, window: Sequence[Any] | None) -> OpenWindow:
         self._check_whole()
+        self.parameters.refresh()
         self._open = self._window(window)
         self._buffers.keep()
-        self.parameters.refresh()
         self._clipping.refresh()
         self._aside = zero(self.parameters.by_name.values(), self.settings.zero_grad)
         return self._open
 
     def _window(self, drawn: Sequence[Any] | None) -> OpenWindow:
-        return OpenWindow(self.settings, self.weigher, self.ranks, drawn, self._expected, self._scale.value)
+        opening = None if self._reducer is None else self._reducer.open(drawn, self._expected, self.parameters)
+        return OpenWindow(self.settings, self.weigher, drawn, self._expected, self._scale.value, opening)
 
     def _finish(self, open_: OpenWindow, norm_wanted: bool) -> Report:
-        if self.settings.coefficients and not self.clocks.windows:
+        settings = self.settings
+        if self._reducer is not None:
+            self._reducer.close(open_, self.parameters)  # all_reduce
+        if settings.coefficients and not self.clocks.windows:
             open_.check_coefficients()
         gradients = self.parameters.gradients()
-        self.ranks.sum_gradients([*gradients.values(), *open_.held_apart()])  # all_reduce
         factor = self._unscale(open_, gradients)  # unscale
         if self._aside or open_.apart():
             gradients = self.parameters.gradients()
@@ -209,8 +216,7 @@ class Step:
         measured = self._clipping.measure(gradients, self.parameters.by_name) if wanted else None
         norm = None if measured is None else measured.whole
         bad = self._inspector(open_, list(gradients.values()), factor, norm, by_norm)  # inspect
-        size = (open_.micro_batches, open_.rows, open_.tokens)
-        report = Report(open_.means, open_.weights(), self.settings.coefficients, size, self._scale.shown)
+        report = Report(open_.means, open_.weights(), settings.coefficients, open_.size(), self._scale.shown)
         report._grad_norm = None if norm is None else norm * factor
         if self._is_watched:
             report._clocks, report._lr = self.clocks.snapshot(), self.rates.now()
@@ -220,9 +226,9 @@ class Step:
             report._overflowed = self._scale.blame_on(bad, open_)
             self._step_if(bad, self._clip(gradients, factor, measured, report), report)  # both, on the device
         elif bool(bad):
-            overflow = self._scale.blame(open_, gradients, self.ranks)
+            overflow = self._scale.blame(open_, gradients)
             report._overflowed = overflow is not None
-            self._skip(report, overflow or skips.why(open_, gradients, report))
+            self._skip(report, overflow or why(open_, gradients, report, self._reducer))
             report._diverged = overflow is None and report._reason != skips.ZERO_WEIGHT
         elif self._skip_if is not None and (asked := skips.asked(self._skip_if, report, self.ranks)):
             self._skip(report, asked)
@@ -285,7 +291,8 @@ class Step:
         self._buffers.put_back(bad)
         put_back(self._aside, bad)
         report._skipped = bad
-        report._reason = lambda: reason_on_device(report)
+        bad_ranks = None if self._reducer is None else self._reducer.bad_ranks
+        report._reason = lambda: reason_on_device(report, bad_ranks)
         self._scale.follow(1.0 - bad, report._overflowed)
         self.clocks.draw(report.micro_batches)
         self.clocks.take_if(1.0 - bad, report.rows, report.tokens)
@@ -302,7 +309,7 @@ class Step:
         self.skips_in_a_row = self.skips_in_a_row + (not report._overflowed)
 
     def _release(self, open_: OpenWindow, report: Report) -> None:
-        if open_.drawn is None:
+        if open_.drawn is None or self._reducer is not None:
             self._expected = open_.denominators()
         report._clocks = self.clocks.snapshot()
         self._buffers.release()

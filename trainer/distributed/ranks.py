@@ -1,39 +1,36 @@
-"""What a step asks of the other ranks. With one process every answer is its own."""
+"""What a run asks of its other ranks. With one process there is nothing to ask."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from trainer.gradient.report import Number
+Arrived = Callable[[], None]
+"""Waits until what was sent has arrived."""
 
 
 class Ranks(Protocol):
-    """One process or many."""
+    """One process or many. What is called here is called by every rank, in the same order."""
 
+    rank: int
     world_size: int
-    """By how much a seed is multiplied where gradients are averaged over ranks: 1 where they are summed."""
 
-    def sum_weight(self, weight: Number) -> Number:
-        """Σ of a weight over ranks."""
+    def sum_later(self, numbers: Tensor) -> Arrived:
+        """Start Σ over ranks, in place; the call of what it returns ends it."""
 
-    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Σ of each gradient over ranks, in place."""
-
-    def any_flag(self, flag: bool) -> bool:
-        """Whether any rank raised its flag: one verdict for all."""
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (plain Python or tensors on the CPU), in the order of ranks."""
 
 
 class OneProcess:
     """The identity: no other rank."""
 
+    rank = 0
     world_size = 1
 
-    def sum_weight(self, weight: Number) -> Number:
-        return weight
+    def sum_later(self, numbers: Tensor) -> Arrived:
+        del numbers
+        return lambda: None
 
-    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        del gradients
-
-    def any_flag(self, flag: bool) -> bool:
-        return flag
+    def gather(self, value: Any) -> list[Any]:
+        return [value]

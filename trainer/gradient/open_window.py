@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.distributed.ranks import Ranks
 from trainer.errors import ConfigError, ObjectiveError, did_you_mean
 from trainer.gradient.objective import Term
+from trainer.gradient.opening import Opening, Summed
 from trainer.gradient.report import Number
 from trainer.gradient.seeds import seed_of
 from trainer.gradient.term_sum import TermSum
 from trainer.gradient.weigher import Weigher
-from trainer.gradient.weights import host_number, power_of_two
+from trainer.gradient.weights import as_floats, not_zero, power_of_two
 from trainer.settings import GradientSettings
 
 
@@ -31,16 +31,17 @@ class OpenWindow:
         drawn: the whole window; None where micro-batches come one by one.
         expected: the last window's denominators by term, the guess where nothing better is known.
         loss_scale: what every seed is multiplied with besides (1 unless in fp16).
+        opening: with other ranks: what the window weighs over all of them, as far as the data tells.
     """
 
     def __init__(
         self,
         settings: GradientSettings,
         weigher: Weigher,
-        ranks: Ranks,
         drawn: Sequence[Any] | None,
         expected: Mapping[str, float],
         loss_scale: Number = 1.0,
+        opening: Opening | None = None,
     ) -> None:
         self.loss_scale = loss_scale
         self.drawn = drawn
@@ -55,9 +56,10 @@ class OpenWindow:
         self._any_apart = False
         self._weighs_nothing = True
         self._weigher = weigher
-        self._ranks = ranks
         self._expected = expected
+        self.opening = opening
         self._weights: dict[str, list[Number]] = {}
+        self.summed: Summed | None = None  # what all ranks' windows came to
 
     def join(self, drawn: Sequence[Any] | None) -> None:
         """Go on with the window that was given before, or, after a restart, with the same window drawn again."""
@@ -100,6 +102,10 @@ class OpenWindow:
             for sums in self.terms.values():
                 sums.apart = None
 
+    def size(self) -> tuple[int, int, int]:
+        """(micro-batches, rows, tokens), of all ranks."""
+        return self.summed.size if self.summed else (self.micro_batches, self.rows, self.tokens)
+
     def count(self, micro_batch: Any) -> None:
         """One more micro-batch went through forward and backward."""
         self.micro_batches += 1
@@ -122,29 +128,36 @@ class OpenWindow:
             return None  # a mean over nothing is 0 / 0 and must not reach a parameter
         self._weighs_nothing = False
         if self._settings.reduction == "micro_batches":
-            factor: Number = 1.0 if is_mean else 1.0 / _not_zero(weight)
+            factor: Number = 1.0 if is_mean else 1.0 / not_zero(weight)
         else:
             factor = weight if is_mean else 1.0
         value = term.number()
         if type(value) is float and not math.isfinite(value):
             self.losses_are_finite = False
         sums.values.append((self.micro_batches, value, factor))
-        number = factor * self._ranks.world_size / sums.divisor * self.loss_scale
+        number = factor / sums.divisor * self.loss_scale
         if self._settings.coefficients:
             number = number * self._settings.coefficients.get(term.name, 1.0)
         seed = seed_of(number, term.value)
         return seed if term.vector is None else term.vector.to(term.value) * seed
 
+    def settle(self) -> None:
+        """The terms were summed over ranks, and may be others now."""
+        self._any_apart = any(sums.apart is not None for sums in self.terms.values())
+        self._weighs_nothing = all(type(s.weight) is float and s.weight == 0.0 for s in self.terms.values())
+
     def leftover(self) -> Number:
         """What the gradient must still be divided by beside the loss scale, leaving out the terms held apart."""
+        if self.summed is not None:
+            return self.summed.leftover
         if len(self.terms) == 1 and not self._any_apart:
-            return self._leftover(next(iter(self.terms.values())))
+            return self.leftover_of(next(iter(self.terms.values())))
         together = [name for name, sums in self.terms.items() if sums.apart is None]
         if not together:
             return 1.0
-        leftover = self._leftover(self.terms[together[0]])
+        leftover = self.leftover_of(self.terms[together[0]])
         for name in together[1:]:
-            other = self._leftover(self.terms[name])
+            other = self.leftover_of(self.terms[name])
             if isinstance(leftover, float) and isinstance(other, float) and not math.isclose(leftover, other):
                 raise ObjectiveError(
                     f"the weights of '{together[0]}' and '{name}' came out otherwise than was told before the first "
@@ -158,7 +171,7 @@ class OpenWindow:
         if not self._any_apart:
             return []
         held = [sums for sums in self.terms.values() if sums.apart is not None]
-        return [(sums.apart, self._leftover(sums) * self.loss_scale) for sums in held if sums.apart is not None]
+        return [(sums.apart, self.leftover_of(sums) * self.loss_scale) for sums in held if sums.apart is not None]
 
     def held_apart(self) -> list[Tensor]:
         """The gradients of those terms as they lie there."""
@@ -197,22 +210,26 @@ class OpenWindow:
         return {name: self._mean(sums) for name, sums in self.terms.items()}
 
     def _mean(self, sums: TermSum) -> float:
-        denominator = float(self._ranks.sum_weight(self._denominator(sums)))
-        values = _as_floats([value for _, value, _ in sums.values])
-        factors = _as_floats([factor for _, _, factor in sums.values])
-        total = float(self._ranks.sum_weight(float(sum(v * f for v, f in zip(values, factors, strict=True)))))
+        denominator = float(self._denominator(sums))
+        if sums.total is not None:
+            return float(sums.total) / denominator if denominator else float("nan")
+        values = as_floats([value for _, value, _ in sums.values])
+        factors = as_floats([factor for _, _, factor in sums.values])
+        total = sum(v * f for v, f in zip(values, factors, strict=True))
         return total / denominator if denominator else float("nan")
 
     def _denominator(self, sums: TermSum) -> Number:
         if self._settings.reduction == "mean":
             return sums.weight
-        return float(self.micro_batches) if self._settings.reduction == "micro_batches" else 1.0
+        return float(self.size()[0]) if self._settings.reduction == "micro_batches" else 1.0
 
     def _mean_weight(self, name: str, micro_batch: Any) -> Number:
         """What a mean counts in this micro-batch; of a window that was drawn whole, all are weighed at once."""
         if self.drawn is None:
             return self._weigher.mean_weight(name, micro_batch)
         known = self._weights.get(name)
+        if known is None and self.opening is not None:
+            known = self.opening.here(name)
         if known is None:
             full = getattr(self.drawn, "is_full", False)
             known = self._weights[name] = [self._weigher.mean_weight(name, drawn, full) for drawn in self.drawn]
@@ -241,6 +258,9 @@ class OpenWindow:
         reduction = self._settings.reduction
         if reduction == "sum":
             return 1.0, True
+        if self.opening is not None:
+            means = term.weight is None or self._weigher.declares
+            return self.opening.divisor(term.name, weight, means)
         length = None if self.drawn is None else len(self.drawn)
         if reduction == "micro_batches":
             if length is not None:
@@ -248,16 +268,16 @@ class OpenWindow:
             return power_of_two(self._expected.get(term.name, 1.0)), False
         if self.drawn is not None and (term.weight is None or self._weigher.declares):
             weights = self._weights.get(term.name) or [self._weigher.mean_weight(term.name, m) for m in self.drawn]
-            total = self._ranks.sum_weight(sum(weights[1:], weights[0]))
-            return _not_zero(total), True
+            return not_zero(sum(weights[1:], weights[0])), True
         if length == 1:
-            return _not_zero(self._ranks.sum_weight(weight)), True
+            return not_zero(weight), True
         if length is not None:
             return power_of_two(weight * length), False
         return power_of_two(self._expected.get(term.name, weight)), False
 
-    def _leftover(self, sums: TermSum) -> Number:
-        denominator = self._ranks.sum_weight(self._denominator(sums))
+    def leftover_of(self, sums: TermSum) -> Number:
+        """What is left of one term's divisor."""
+        denominator = self._denominator(sums)
         if isinstance(denominator, Tensor):
             return torch.where(denominator == 0, 1.0, denominator / sums.divisor)
         return denominator / sums.divisor if denominator else 1.0
@@ -276,21 +296,5 @@ class OpenWindow:
         self.rows = state["rows"]
         self.tokens = state["tokens"]
         self.terms = {name: TermSum.from_state(sums) for name, sums in state["terms"].items()}
-        self._any_apart = any(sums.apart is not None for sums in self.terms.values())
-        self._weighs_nothing = all(sums.weight == 0.0 for sums in self.terms.values())
+        self.settle()
         self.losses_are_finite = all(math.isfinite(value) for _, _, value in self.losses())
-
-
-def _not_zero(divisor: Number) -> Number:
-    if isinstance(divisor, Tensor):
-        return torch.where(divisor == 0, 1.0, divisor)
-    return divisor or 1.0
-
-
-def _as_floats(numbers: list[Number]) -> list[float]:
-    """Numbers on the host, by one read of the device where they lie there."""
-    if any(isinstance(number, Tensor) for number in numbers):
-        device = next(number.device for number in numbers if isinstance(number, Tensor))
-        stacked = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
-        return list(stacked.tolist())
-    return [float(host_number(number)) for number in numbers]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.distributed.ranks import Ranks
 from trainer.errors import ConfigError
 from trainer.gradient import skips
 from trainer.gradient.norms import nonfinite_names
@@ -32,7 +31,7 @@ class NoScale:
     shown: Number | None = None
     """The scale as a report says it."""
 
-    def blame(self, window: OpenWindow, gradients: dict[str, Tensor], ranks: Ranks) -> str | None:
+    def blame(self, window: OpenWindow, gradients: dict[str, Tensor]) -> str | None:
         """The sentence for a window that is skipped because of the scale; None where that is not why."""
         return None
 
@@ -68,8 +67,10 @@ class LossScale(NoScale):
     def shown(self) -> Number:  # type: ignore[override]
         return self.value
 
-    def blame(self, window: OpenWindow, gradients: dict[str, Tensor], ranks: Ranks) -> str | None:
-        if ranks.any_flag(not all(math.isfinite(value) for _, _, value in window.losses())):
+    def blame(self, window: OpenWindow, gradients: dict[str, Tensor]) -> str | None:
+        if not window.losses_are_finite or not all(math.isfinite(value) for _, _, value in window.losses()):
+            return None
+        if window.summed is not None and window.summed.has_bad_loss is not None and bool(window.summed.has_bad_loss):
             return None
         if float(self.value) <= SMALLEST or not any(window.weights().values()):
             return None
@@ -78,8 +79,11 @@ class LossScale(NoScale):
         return _sentence(float(self.value), f" in the gradient of {bad[0]}{more}" if bad else " in the gradient's norm")
 
     def blame_on(self, bad: Tensor, window: OpenWindow) -> Number:
-        losses = [torch.as_tensor(value, device=bad.device) for _, _, value in window.losses()]
-        finite = torch.stack(losses).isfinite().all() if losses else torch.ones_like(bad)
+        if window.summed is not None and window.summed.has_bad_loss is not None:
+            finite = 1.0 - window.summed.has_bad_loss
+        else:
+            losses = [torch.as_tensor(value, device=bad.device) for _, _, value in window.losses()]
+            finite = torch.stack(losses).isfinite().all() if losses else torch.ones_like(bad)
         flag = bad * finite * (self.value > SMALLEST)
         nothing = window.weighs_nothing_on(bad.device)
         return flag if nothing is None else flag * (1.0 - nothing)
@@ -129,11 +133,11 @@ def loss_scale_for(
     return LossScale(settings.loss_scale, settings.loss_scale_interval, device)
 
 
-def reason_on_device(report: Report) -> str:
+def reason_on_device(report: Report, bad_ranks: Tensor | None = None) -> str:
     """The sentence for a skip whose verdict was never read: what is still known when somebody asks."""
     if report.overflowed and report.loss_scale is not None:
         return _sentence(report.loss_scale)
-    return skips.reason_on_device(report.weights)
+    return skips.reason_on_device(report.weights, bad_ranks)
 
 
 def _sentence(scale: float, where: str = "") -> str:

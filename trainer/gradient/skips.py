@@ -5,7 +5,7 @@ BatchNorm's running statistics before anybody can tell.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,26 +141,42 @@ def reason(
         gradients: by name, as they were checked.
         norm: the gradient norm, where one was taken.
     """
-    wrong = [loss for loss in losses if not math.isfinite(loss[2])]
+    wrong = of_losses(losses, micro_batches) or of_gradients(nonfinite_names(gradients))
     if wrong:
-        name, index, value = min(wrong, key=lambda loss: loss[1])
-        term = "" if name == "loss" else f" '{name}'"
-        return f"the loss{term} of micro-batch {index + 1} of {micro_batches} is {value}"
-    bad = nonfinite_names(gradients)
-    if bad:
-        more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""
-        return f"the gradient of {bad[0]}{more} is not finite, while the loss is"
+        return wrong
     if norm is not None and not math.isfinite(norm):
         return "the gradient is finite, but too large for its norm"
     return "the gradient overflows when it is divided by the window's weight"
+
+
+def losses_of(window: OpenWindow) -> list[tuple[str, int, float]]:
+    """(term, micro-batch, value) of all that weighs something, read."""
+    return [(name, index, float(value)) for name, index, value in window.losses()]
+
+
+def of_losses(losses: Sequence[tuple[str, int, float]], micro_batches: int) -> str | None:
+    """The first loss that is not finite, in words."""
+    wrong = [loss for loss in losses if not math.isfinite(loss[2])]
+    if not wrong:
+        return None
+    name, index, value = min(wrong, key=lambda loss: loss[1])
+    term = "" if name == "loss" else f" '{name}'"
+    return f"the loss{term} of micro-batch {index + 1} of {micro_batches} is {value}"
+
+
+def of_gradients(names: Sequence[str]) -> str | None:
+    """The parameters whose gradient is not finite, in words."""
+    if not names:
+        return None
+    more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
+    return f"the gradient of {names[0]}{more} is not finite, while the loss is"
 
 
 def why(window: OpenWindow, gradients: dict[str, Tensor], report: Report) -> str:
     """The reason for a window with a non-finite verdict."""
     if not any(report.weights.values()):
         return ZERO_WEIGHT
-    losses = [(name, index, float(value)) for name, index, value in window.losses()]
-    return reason(losses, window.micro_batches, gradients, report.grad_norm)
+    return reason(losses_of(window), window.micro_batches, gradients, report.grad_norm)
 
 
 Rule = Callable[[Report], str | bool | None]
@@ -182,18 +198,22 @@ def asked(rule: Rule, report: Report, ranks: Ranks) -> str | None:
     answer = rule(report)
     if not isinstance(answer, str | bool | None):
         raise ConfigError(f"skip_if returned {answer!r}: return a sentence, True, False or None.")
-    if not ranks.any_flag(bool(answer)):
+    if ranks.world_size == 1:
+        return answer if isinstance(answer, str) and answer else "skip_if said so" if answer else None
+    said = [(rank, one) for rank, one in enumerate(ranks.gather(answer)) if one]
+    if not said:
         return None
-    return (
-        answer
-        if isinstance(answer, str) and answer
-        else f"skip_if {'said so' if answer else 'of another rank said so'}"
-    )
+    rank, one = said[0]
+    return f"on rank {rank} {one if isinstance(one, str) else 'skip_if said so'}"
 
 
-def reason_on_device(weights: dict[str, float]) -> str:
+def reason_on_device(weights: dict[str, float], bad_ranks: Tensor | None = None) -> str:
     """The same where the verdict was never read: what is still known when somebody asks."""
-    return "the loss or the gradient is not finite" if any(weights.values()) else ZERO_WEIGHT
+    if not any(weights.values()):
+        return ZERO_WEIGHT
+    ranks = [] if bad_ranks is None else [str(rank) for rank, bad in enumerate(bad_ranks.tolist()) if bad]
+    where = f" on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}" if ranks else ""
+    return f"the loss or the gradient is not finite{where}"
 
 
 ZERO_WEIGHT = "the window weighs nothing: no row or target in it counts, so there is nothing to divide by"

@@ -17,6 +17,7 @@ class TermSum:
     - `kind`: terms of one kind have equal weights in every micro-batch, so one leftover serves them all.
     - `values`: (micro-batch, value, what the value counts) of each micro-batch that weighs something.
     - `apart`: gradients by parameter name, where this term's leftover differs from that of the others.
+    - `total`: Σ value × what it counts, over all ranks, once they have summed it; None with one process.
     """
 
     divisor: Number
@@ -25,6 +26,7 @@ class TermSum:
     weight: Number = 0.0
     values: list[tuple[int, Number, Number]] = field(default_factory=list)
     apart: dict[str, Tensor] | None = None
+    total: Number | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {

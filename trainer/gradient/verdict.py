@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer.distributed.ranks import Ranks
 from trainer.gradient import norms
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.report import FREE_READS, Number
@@ -23,10 +22,9 @@ class Inspector:
         device: of the parameters.
     """
 
-    def __init__(self, allow: bool, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, allow: bool, device: torch.device) -> None:
         self.reads = device.type in FREE_READS
         self._allow = allow
-        self._ranks = ranks
         self._device = device
         self._found = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)
@@ -46,16 +44,17 @@ class Inspector:
         somebody looks at a norm must not change what is trained.
         """
         if self.reads:
-            if self._allow:
-                return False
-            return self._ranks.any_flag(self._is_bad(window, gradients, factor, norm, norm_decides))
+            return not self._allow and self._is_bad(window, gradients, factor, norm, norm_decides)
         nothing = window.weighs_nothing_on(self._device)
         if self._allow:
             return False if nothing is None else nothing
         found = torch.zeros_like(self._found)
-        losses = [torch.as_tensor(value, device=self._device) for _, _, value in window.losses()]
+        over_ranks = None if window.summed is None else window.summed.is_bad  # the losses of all ranks are in it
+        losses = [torch.as_tensor(v, device=self._device) for _, _, v in window.losses()] if over_ranks is None else []
         # Stacked, they are a copy: the check multiplies what it checks, and the caller's loss is not ours to write to.
         norms.nonfinite([*gradients, *([torch.stack(losses)] if losses else [])], found, self._one)
+        if over_ranks is not None:
+            found = torch.maximum(found, over_ranks)
         if nothing is not None:
             found = torch.maximum(found, nothing)
         if norm is not None and norm_decides:

@@ -1,6 +1,6 @@
 """How much each micro-batch counts, told by the objective, by its data or by its rows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -57,6 +57,19 @@ class Weigher:
         if self._declared is None:
             return float(self.rows(micro_batch))
         return self._named(name, self._declared(micro_batch))
+
+    def weights(self, micro_batch: Any, names: Iterable[str], full: bool = False) -> list[Number]:
+        """What a mean counts whatever its name is, and what means of these names count where the objective names them.
+
+        Where it names them the first is 0, else the others are.
+        """
+        asks = self._declared is not None and not (full and self._full is not None)
+        declared = self._declared(micro_batch) if self._declared is not None and asks else None
+        if isinstance(declared, Mapping):
+            self.names_weights = True
+            return [0.0, *(self._named(name, declared) if name in declared else 0.0 for name in names)]
+        weight = self.mean_weight("", micro_batch, full) if declared is None else self._named("", declared)
+        return [weight, *(0.0 for _ in names)]
 
     def _named(self, name: str, weight: Any) -> Number:
         if type(weight) is not float and isinstance(weight, Mapping):

@@ -37,6 +37,22 @@ def power_of_two(value: Number) -> Number:
     return 2.0 ** (exponent if mantissa >= 0.7071067811865476 else exponent - 1)
 
 
+def not_zero(divisor: Number) -> Number:
+    """The divisor, or 1 in place of zero."""
+    if isinstance(divisor, Tensor):
+        return torch.where(divisor == 0, 1.0, divisor)
+    return divisor or 1.0
+
+
+def as_floats(numbers: list[Number]) -> list[float]:
+    """Numbers on the host, by one read of the device where they lie there."""
+    if any(isinstance(number, Tensor) for number in numbers):
+        device = next(number.device for number in numbers if isinstance(number, Tensor))
+        stacked = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+        return list(stacked.tolist())
+    return [float(host_number(number)) for number in numbers]
+
+
 def first_tensor(micro_batch: Any) -> Tensor:
     """The first tensor in a nested micro-batch. Raises ObjectiveError where there is none."""
     found = next(_tensors(micro_batch), None)
