@@ -102,8 +102,7 @@ class OpenWindow:
             for sums in self.terms.values():
                 sums.apart = None
 
-    def size(self) -> tuple[int, int, int]:
-        """(micro-batches, rows, tokens), of all ranks."""
+    def size(self) -> tuple[int, int, int]:  # micro-batches, rows, tokens
         return self.summed.size if self.summed else (self.micro_batches, self.rows, self.tokens)
 
     def count(self, micro_batch: Any) -> None:
