@@ -334,6 +334,22 @@ def test_a_sum_that_overflows_is_a_skip_on_every_rank() -> None:
     assert left == right and left[0] and left[2] == 1.0
 
 
+def ruled(rank, world, answer):
+    """The user's own rule says on rank 1 alone, in the second window, that the step must not be taken."""
+    model = mlp().double()
+    rule = lambda report: answer if rank == 1 and report.clocks["windows"] == 1 else None  # noqa: E731
+    step = Step(model, tokens, adamw(model.parameters(), lr=1e-2), ranks=ManyProcesses(), skip_if=rule)
+    reports = [step([tuple(one[rank * 20 : rank * 20 + 20] for one in rows())]) for _ in range(3)]
+    return [(report.skipped, report.reason) for report in reports], step.clocks.as_dict()
+
+
+def test_one_ranks_rule_is_the_verdict_of_all() -> None:
+    for answer, said in ((True, "on rank 1 skip_if said so"), ("the moon is full", "on rank 1 the moon is full")):
+        left, right = over_ranks(ruled, answer)
+        assert left == right
+        assert left[0] == [(False, None), (True, said), (False, None)] and left[1]["steps"] == 2
+
+
 def other_parameters(rank, world):
     model = mlp().double()
     model[0].weight.requires_grad_(rank == 0)

@@ -8,7 +8,6 @@ from reference import cut, differing, rows, state_of
 from torch import Tensor, nn
 
 from trainer import ConfigError, DivergedError, GradientError, Report, Step, Sum, Trainer, supervised
-from trainer.distributed.ranks import OneProcess
 from trainer.gradient import skips
 from trainer.gradient.report import FREE_READS
 from trainer.gradient.skips import KeptBuffers, reason
@@ -320,21 +319,6 @@ def test_on_a_device_the_users_rule_is_read_and_right(zero_grad: str) -> None:
         assert skipped == [index % 3 == 1 for index in range(7)]
         finals.append(state_of(model, optimizer))
     assert differing(*finals) == []
-
-
-def test_one_ranks_rule_is_the_verdict_of_all() -> None:
-    class Two(OneProcess):
-        asked = 0
-
-        def any_flag(self, flag: bool) -> bool:
-            self.asked += 1
-            return flag or self.asked % 2 == 0  # its second question in a window is the rule's
-
-    ranks = Two()
-    model = nn.Linear(3, 2)
-    step = Step(model, MSE, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks, skip_if=lambda report: None)
-    report = step(WINDOW)
-    assert (report.skipped, report.reason, ranks.asked) == (True, "skip_if of another rank said so", 2)
 
 
 def test_a_rule_that_only_skips_stops_the_run_and_what_is_no_rule_is_refused() -> None:
