@@ -1,6 +1,7 @@
 """The optimizers that a config names: torch's own, fused where they can be."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +15,36 @@ from trainer import kernels
 from trainer.errors import ConfigError
 from trainer.optim import Manual, adamw, parameter_groups, sgd
 from trainer.optim.builders import fit_for_fused
-from trainer.optim.update import could_be_fused, is_fused
+from trainer.optim.update import Update, could_be_fused, is_fused
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(3, 2, dtype=dtype)), nn.Parameter(torch.ones(2, dtype=dtype))]
 
 
-@pytest.mark.parametrize("build", [adamw, sgd, lambda p: sgd(p, momentum=0.9, nesterov=True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sgd_of_narrow_parameters_on_the_cpu_is_not_fused(dtype: torch.dtype) -> None:
+    """Its kernel would move only what is left over after whole vectors; here all of 100 numbers move."""
+    parameter = nn.Parameter(torch.ones(100, dtype=dtype))
+    optimizer = sgd([parameter], lr=0.5)
+    assert not is_fused(optimizer)
+    assert not could_be_fused(optimizer)
+    for fused in (False, True):
+        optimizer.param_groups[0]["fused"] = fused
+        before = parameter.detach().clone()
+        parameter.grad = torch.full_like(parameter, 0.5)
+        Update(optimizer).apply(1.0)
+        assert torch.equal(parameter, before - 0.25)
+        assert is_fused(optimizer) == fused
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype"),
+    [
+        *itertools.product([adamw, sgd, lambda p: sgd(p, momentum=0.9, nesterov=True)], [torch.float32, torch.float64]),
+        (adamw, torch.bfloat16),
+    ],
+)
 def test_what_is_built_is_fused(build: Callable[..., Any], dtype: torch.dtype) -> None:
     optimizer = build(parameters(dtype))
     assert is_fused(optimizer)
@@ -51,9 +73,9 @@ def test_what_torch_cannot_fuse_is_built_all_the_same() -> None:
         assert not could_be_fused(optimizer)
     mixed = adamw([*parameters(), torch.ones(2, dtype=torch.complex64, requires_grad=True)])
     assert not is_fused(mixed)
-    assert fit_for_fused(parameters())
-    assert not fit_for_fused([torch.ones(2, dtype=torch.complex64)])
-    assert not fit_for_fused([torch.ones(2, device="meta")])
+    assert fit_for_fused(SGD, parameters())
+    assert not fit_for_fused(SGD, [torch.ones(2, dtype=torch.complex64)])
+    assert not fit_for_fused(SGD, [torch.ones(2, device="meta")])
 
 
 @pytest.mark.parametrize("as_groups", [False, True])

@@ -40,20 +40,27 @@ def test_fp64_is_refused_where_a_parameter_is_narrower() -> None:
     ):
         Step(model, lambda m, x: m(x).mean(), Manual(model.parameters()), precision="fp64")
     check_precision("fp64", dict(mlp().named_parameters()))
+    with pytest.raises(ConfigError, match=r"precision=bf16_true, but .* '1.weight' is float32: .*model.bfloat16\(\)"):
+        check_precision("bf16_true", {"1.weight": torch.ones(1)})
+    check_precision("bf16_true", dict(model.bfloat16().named_parameters()))
     check_precision("fp64", {"z": torch.ones(1, dtype=torch.complex128)})
     check_precision("fp32", dict(model.named_parameters()))
 
 
-def test_the_narrow_ones_have_a_context_and_only_fp64_widens_inputs() -> None:
-    every = ("fp32", "bf16", "fp16", "fp64")
-    assert [autocast(precision, "cpu") is not None for precision in every] == [False, True, True, False]
-    assert [width(precision) for precision in every] == [None, None, None, torch.float64]
+def test_autocast_has_a_context_and_the_others_turn_inputs_into_their_dtype() -> None:
+    every = ("fp32", "bf16", "bf16_true", "fp16", "fp64")
+    assert [autocast(precision, "cpu") is not None for precision in every] == [False, True, False, True, False]
+    assert [width(precision) for precision in every] == [None, None, torch.bfloat16, None, torch.float64]
 
 
 def test_it_says_where_the_cpu_has_no_arithmetic_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has, slow in (((), ("bf16", "fp16")), (("avx512_bf16",), ("fp16",)), (("bf16", "fp16_arith"), ())):
+    for has, slow in (
+        ((), ("bf16", "bf16_true", "fp16")),
+        (("avx512_bf16",), ("fp16",)),
+        (("bf16", "fp16_arith"), ()),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx2": True, **dict.fromkeys(has, True)})
-        for precision in ("fp32", "bf16", "fp16", "fp64"):
+        for precision in ("fp32", "bf16", "bf16_true", "fp16", "fp64"):
             said = slow_here(precision, "cpu")
             assert (said is not None) == (precision in slow)
             assert said is None or said.startswith(f"this CPU has no instructions for {precision}: it is slower here")

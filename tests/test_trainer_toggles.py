@@ -121,9 +121,26 @@ def test_precision() -> None:
         seen.append(outputs.dtype)
         return (outputs - batch[1]).square().mean()
 
-    for precision in ("fp32", "bf16", "fp16", "fp64"):
+    for precision in ("fp32", "bf16", "bf16_true", "fp16", "fp64"):
         made(objective, precision=precision, steps=1, loss_scale=1.0)[0].fit()
-    assert seen == [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float64]
+
+
+@tries("accumulate_in", "master_parameters")
+def test_accumulate_in_and_master_parameters() -> None:
+    for flat, kept, held in (
+        ({}, torch.float32, torch.bfloat16),
+        ({"accumulate_in": "parameter"}, *[torch.bfloat16] * 2),
+        ({"master_parameters": True}, *[torch.float32] * 2),
+    ):
+        model = nn.Linear(3, 1)
+        trainer, _ = made(
+            lambda m, b: (m(b[0]) - b[1]).float().square().mean(), model=model, precision="bf16_true", **flat
+        )
+        trainer.fit()
+        assert model.weight.dtype is torch.bfloat16
+        assert model.weight.grad.dtype is kept
+        assert trainer.step.optimizers[0].param_groups[0]["params"][0].dtype is held
 
 
 @tries("loss_scale", "loss_scale_interval")

@@ -89,6 +89,12 @@ def _as_written(kind: type[Optimizer]) -> Any:
 _STEPS = (_as_written(Adam), _as_written(SGD))  # AdamW has Adam's
 
 
+def fused_skips_elements(kind: type, parameter: Tensor) -> bool:
+    """Whether torch's fused kernel would leave most of the parameter where it is, silently: its SGD for bfloat16 and
+    float16 on the CPU moves only what is left over after whole vectors (pytorch issue 191763)."""
+    return kind is SGD and parameter.dtype in (torch.bfloat16, torch.float16) and parameter.device.type == "cpu"
+
+
 def update_directly(optimizer: Optimizer, scale: Tensor | None) -> bool:
     """`optimizer.step()` by its fused kernel alone, gradients divided by `scale` inside it (None: by nothing).
 
@@ -138,6 +144,8 @@ def _gather(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[Tensor], 
         this = (parameter.dtype, parameter.device, gradient.dtype, gradient.layout)
         if kind is None:
             if gradient.layout is not torch.strided or parameter.dtype != gradient.dtype or parameter.is_complex():
+                return None
+            if fused_skips_elements(type(optimizer), parameter):
                 return None
             if parameter.device.type != "cpu":
                 return None  # elsewhere the flag stays on the device and `step()` itself passes it on

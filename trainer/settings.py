@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from trainer.errors import ConfigError, did_you_mean
 
 Clock = Literal["micro_batches", "windows", "steps", "rows", "tokens", "epochs"]
-Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+Precision = Literal["fp32", "bf16", "bf16_true", "fp16", "fp64"]
 
 CLIPS = ("clip_norm", "clip_value", "clip_adaptive")
 """The toggles that bound the gradient, one at a time; each may also be an option of a parameter group."""
@@ -60,6 +60,14 @@ class GradientSettings:
         "skip", "what an infinite or NaN loss or gradient does: skip the step, stop the run, or go into the parameters"
     )
     coefficients: dict[str, float] = setting({}, "factor of each named term of the objective (1 where not named)")
+    accumulate_in: Literal["float32", "parameter"] = setting(
+        "float32",
+        "dtype of the gradient of bfloat16 parameters while a window adds up: float32, or the parameter's own",
+    )
+    master_parameters: bool = setting(
+        False,
+        "let the optimizer move float32 masters of bfloat16 and float16 parameters, rounded into them after each step",
+    )
     loss_scale: float = setting(
         65536.0, "fp16: what backward's seeds are multiplied with at first, a power of two", ge=1, le=2**64
     )
@@ -69,6 +77,11 @@ class GradientSettings:
         chosen = [name for name in CLIPS if getattr(self, name) is not None]
         if len(chosen) > 1:
             raise ValueError(f"{chosen[0]} and {chosen[1]} are both set: choose one and set the other to null.")
+        if self.master_parameters and self.accumulate_in == "parameter":
+            raise ValueError(
+                "accumulate_in=parameter and master_parameters=true are both set, and a master takes its gradient in "
+                "float32: leave accumulate_in at float32."
+            )
         if math.frexp(self.loss_scale)[0] != 0.5:
             raise ValueError(
                 f"loss_scale={self.loss_scale:g} is no power of two, so that taking it out again would round: "
@@ -194,7 +207,8 @@ class Settings:
     )
     device: str = setting("auto", "auto (cuda, mps, cpu: the first that is there) or a torch device")
     precision: Precision = setting(
-        "fp32", "fp32, bf16 or fp16 (autocast, parameters stay float32; fp16 with a loss scale), or fp64"
+        "fp32",
+        "fp32; bf16 and fp16 (autocast, parameters stay float32); bf16_true and fp64 (everything in that dtype)",
     )
     tf32: bool = setting(False, "let CUDA multiply float32 matrices in TF32")
     audit: bool = setting(

@@ -23,6 +23,7 @@ from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clipping import Clipping, Measured
 from trainer.gradient.clocks import Clocks
+from trainer.gradient.narrow import Narrow
 from trainer.gradient.objective import Objective, as_objective, terms_of
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.over_ranks import reducer_for, why
@@ -81,8 +82,9 @@ class Step:
         self.skips_in_a_row: int | Tensor = 0
         self.weigher = Weigher(self.objective, count_rows)
         self.rates = Rates(schedule, self.optimizers)
-        self._updates = [Update(one) for one in self.optimizers]
-        self.parameters = Trained(model, self.optimizers)
+        self._narrow = Narrow(self.settings)
+        self._updates = [Update(one, self._narrow) for one in self.optimizers]
+        self.parameters = Trained(model, self.optimizers, self._narrow)
         self._segments = segments_for(model, activation_checkpointing)
         check_precision(precision, self.parameters.by_name)
         self.device = next(iter(self.parameters.by_name.values())).device
@@ -194,6 +196,7 @@ class Step:
         self._open = self._window(window)
         self._buffers.keep()
         self._clipping.refresh()
+        self._narrow.follow()
         self._aside = zero(self.parameters.by_name.values(), self.settings.zero_grad)
         return self._open
 
@@ -376,6 +379,7 @@ class Step:
             "rates": self.rates.state_dict(),
             "loss_scale": self._scale.state_dict(),
             "transforms": self._transforms.state_dict(),
+            "masters": self._narrow.state_dict(self.parameters.by_name),
             "open": window,
             "gradients": saved.save(self.parameters.gradients(), self.settings.zero_grad, window is not None),
             "aside": saved.save_aside(self._aside, self.parameters.by_name),
@@ -390,7 +394,7 @@ class Step:
         self.parameters.refresh()
         self._clipping.refresh()
         own = self.parameters.by_name
-        for part in ("gradients", "aside"):
+        for part in ("gradients", "aside", "masters"):
             saved.check_fit(state[part], own)
         self._transforms.check_fit(state["transforms"])
         self.clocks.load_state_dict(state["clocks"])
@@ -399,6 +403,7 @@ class Step:
         self.rates.load_state_dict(state["rates"])
         self._scale.load_state_dict(state["loss_scale"])
         self._transforms.load_state_dict(state["transforms"])
+        self._narrow.load_state_dict(state["masters"], own)
         put_back(saved.load(state["gradients"], own))
         self._open, self._aside, self._moving = None, [], False
         window = state["open"]

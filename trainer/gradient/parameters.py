@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.errors import ConfigError
+from trainer.gradient.narrow import Narrow, of_model
 
 
 def named_parameters(model: Any) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def named_for(model: Any, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     owner: dict[int, int] = {}
     for index, optimizer in enumerate(optimizers):
         for number, group in enumerate(optimizer.param_groups):
-            for place, parameter in enumerate(group["params"]):
+            for place, parameter in enumerate(map(of_model, group["params"])):
                 name = names.get(id(parameter), f"optimizer{index}.group{number}.{place}")
                 if owner.setdefault(id(parameter), index) != index:
                     raise ConfigError(
@@ -90,8 +91,9 @@ def named_for(model: Any, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
 class Trained:
     """The parameters under training: those of the optimizers, by name, and their gradients."""
 
-    def __init__(self, model: Any, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, model: Any, optimizers: Sequence[Optimizer], narrow: Narrow) -> None:
         self._model = model
+        self._narrow = narrow
         self._optimizers = optimizers
         self._size = -1
         self._limited = False
@@ -108,9 +110,11 @@ class Trained:
                 size += len(group["params"])
         if size != self._size:
             self._size = size
+            self._narrow.take(self._optimizers)
             self.by_name = named_for(self._model, self._optimizers)
             own = {id(parameter) for parameter in self.by_name.values()}
             others = named_parameters(self._model).values()
+            self.inputs = ()
             self._limited = any(id(parameter) not in own for parameter in others if parameter.requires_grad)
             self.inputs = ()
         if self._limited:

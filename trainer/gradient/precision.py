@@ -1,4 +1,4 @@
-"""Precision of forward: fp32, bf16 and fp16 (autocast, parameters stay float32) and fp64 (everything in float64)."""
+"""Precision: of forward alone (bf16 and fp16, by autocast), or of everything (fp32, fp64, bf16_true)."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -17,14 +17,15 @@ def autocast(precision: str, device_type: str) -> AbstractContextManager[Any] | 
 
 
 def check_precision(precision: str, parameters: Mapping[str, Tensor]) -> None:
-    """Raises ConfigError where fp64 is asked for and a parameter is narrower."""
-    if precision == "fp64":
-        for name, parameter in parameters.items():
-            if parameter.dtype not in (torch.float64, torch.complex128):
-                raise ConfigError(
-                    f"precision=fp64, but the parameter '{name}' is {str(parameter.dtype).removeprefix('torch.')}: "
-                    "make the model's tensors float64 before its optimizer (of a module: model.double())."
-                )
+    """Raises ConfigError where a precision is asked for that a parameter does not have."""
+    dtype = width(precision)
+    for name, parameter in parameters.items() if dtype is not None else ():
+        if parameter.dtype not in (dtype, torch.complex128 if dtype is torch.float64 else dtype):
+            wanted, method = ("float64", "double") if dtype is torch.float64 else ("bfloat16", "bfloat16")
+            raise ConfigError(
+                f"precision={precision}, but the parameter '{name}' is {str(parameter.dtype).removeprefix('torch.')}: "
+                f"make the model's tensors {wanted} before its optimizer (of a module: model.{method}())."
+            )
 
 
 def slow_here(precision: str, device_type: str) -> str | None:
@@ -42,11 +43,12 @@ def slow_here(precision: str, device_type: str) -> str | None:
 # Names that torch.cpu.get_capabilities gives them, on x86 and on ARM.
 _INSTRUCTIONS = {
     "bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    "bf16_true": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
-_SLOWER = {"bf16": 9, "fp16": 17}  # measured by docs/toggles/cost.py
+_SLOWER = {"bf16": 9, "bf16_true": 9, "fp16": 17}  # measured by docs/toggles/cost.py
 
 
 def width(precision: str) -> torch.dtype | None:
     """The dtype that floating-point inputs are turned into, or None where they stay as they are."""
-    return torch.float64 if precision == "fp64" else None
+    return {"fp64": torch.float64, "bf16_true": torch.bfloat16}.get(precision)

@@ -48,8 +48,8 @@ def load(saved: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor]) -
     for name, parameter in parameters.items():
         gradient = saved.get(name)
         if gradient is not None:
-            gradient = gradient.to(parameter.device, copy=True)
+            gradient = gradient.to(parameter.device, parameter.grad_dtype, copy=True)
         elif name in saved:
-            gradient = torch.zeros_like(parameter)
+            gradient = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         loaded.append((parameter, gradient))
     return loaded

@@ -125,10 +125,10 @@ def loss_scale_for(
             "raise."
         )
     for name, parameter in parameters.items():
-        if parameter.dtype is torch.float16:
+        if parameter.dtype is torch.float16 and parameter.grad_dtype is not torch.float32:
             raise ConfigError(
                 f"precision=fp16, but the parameter '{name}' is float16 itself, and its gradient would vanish when the "
-                "loss scale is taken out of it: leave the model in float32."
+                "loss scale is taken out of it: leave the model in float32, or set master_parameters=true."
             )
     return LossScale(settings.loss_scale, settings.loss_scale_interval, device)
 

@@ -30,7 +30,7 @@ def adamw(
         betas=(float(betas[0]), float(betas[1])),
         eps=float(eps),
         weight_decay=float(weight_decay),
-        **_fused(parameters),
+        **_fused(AdamW, parameters),
     )
     check_options(made)
     return made
@@ -52,7 +52,7 @@ def sgd(
         momentum=float(momentum),
         weight_decay=float(weight_decay),
         nesterov=nesterov,
-        **_fused(parameters),
+        **_fused(SGD, parameters),
     )
     check_options(made)
     return made
@@ -71,14 +71,18 @@ def _listed(parameters: Iterable[Any]) -> list[Any]:
     return listed
 
 
-def _fused(parameters: list[Any]) -> dict[str, bool]:
+def _fused(kind: type, parameters: list[Any]) -> dict[str, bool]:
     items: list[Any] = []
     for item in parameters:
         items.extend(item["params"] if isinstance(item, dict) else [item])
     tensors = [item[1] if isinstance(item, tuple) else item for item in items]  # a tuple is (name, parameter)
-    return {"fused": True} if tensors and fit_for_fused(tensors) else {}
+    return {"fused": True} if tensors and fit_for_fused(kind, tensors) else {}
 
 
-def fit_for_fused(parameters: Iterable[Tensor]) -> bool:
-    """Whether torch's fused kernels take all of them: real, and on a device that has such kernels."""
-    return all(p.device.type in _FUSED_DEVICES and torch.is_floating_point(p) for p in parameters)
+def fit_for_fused(kind: type, parameters: Iterable[Tensor]) -> bool:
+    """Whether torch's fused kernels for an optimizer of that class take all of them: real, on a device that has such
+    kernels, and moved by them."""
+    return all(
+        p.device.type in _FUSED_DEVICES and torch.is_floating_point(p) and not kernels.fused_skips_elements(kind, p)
+        for p in parameters
+    )

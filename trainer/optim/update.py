@@ -15,6 +15,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 from trainer import kernels
 from trainer.errors import ConfigError
 from trainer.gradient import norms
+from trainer.gradient.narrow import Narrow, of_model
 from trainer.optim.builders import fit_for_fused
 from trainer.optim.manual import Manual
 
@@ -68,19 +69,29 @@ def could_be_fused(optimizer: Optimizer) -> bool:
         type(optimizer) in _FUSED
         and not is_fused(optimizer)
         and not any(group.get("differentiable") for group in groups)
-        and fit_for_fused(parameter for group in groups for parameter in group["params"])
+        and fit_for_fused(type(optimizer), (parameter for group in groups for parameter in group["params"]))
     )
 
 
 class Update:
     """One optimizer, applied."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, narrow: Narrow | None = None) -> None:
         self.optimizer = optimizer
+        self._narrow = narrow
         self._scale = torch.ones(())
 
     def apply(self, factor: float) -> None:
         """Take the step with gradients times `factor`. Only called when the step is to be taken."""
+        if self._narrow is None or not self._narrow.any:
+            self._apply(factor)
+            return
+        try:
+            self._apply(float(self._narrow.before(self.optimizer, factor)))
+        finally:
+            self._narrow.after(self.optimizer)
+
+    def _apply(self, factor: float) -> None:
         optimizer = self.optimizer
         if type(optimizer) is Manual and not kernels.has_hooks(optimizer):
             if factor != 1.0:
@@ -101,6 +112,15 @@ class Update:
 
         Only where `defers` says so.
         """
+        if self._narrow is None or not self._narrow.any:
+            self._apply_if_finite(factor, flag)
+            return
+        try:
+            self._apply_if_finite(torch.as_tensor(self._narrow.before(self.optimizer, factor)), flag)
+        finally:
+            self._narrow.after(self.optimizer)
+
+    def _apply_if_finite(self, factor: Tensor, flag: Tensor) -> None:
         optimizer = self.optimizer
         optimizer.grad_scale = factor.reciprocal().to(torch.float32)  # type: ignore[attr-defined]
         optimizer.found_inf = flag  # type: ignore[attr-defined]
@@ -129,8 +149,10 @@ class Update:
 
     def _beyond_fused(self, group: dict[str, Any]) -> bool:
         """Whether torch's fused kernel would raise where the unfused one works: a sparse gradient, and in SGD momenta
-        of which some are made and others are not, as when a parameter joins later."""
+        of which some are made and others are not, as when a parameter joins later; or would not move all of it."""
         with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if any(kernels.fused_skips_elements(type(self.optimizer), parameter) for parameter in with_gradient):
+            return True
         if any(parameter.grad.layout is not torch.strided for parameter in with_gradient):
             return True
         if not group.get("momentum"):
@@ -144,22 +166,25 @@ class Update:
 
         On the step that makes the state it is not: fused SGD would keep uninitialised momentum, AdamW a state.
         """
-        return is_fused(self.optimizer) and not self._holds_doubles() and self._is_ready()
+        return is_fused(self.optimizer) and self._takes_both() and self._is_ready()
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
-    def _holds_doubles(self) -> bool:
+    def _takes_both(self) -> bool:
         # grad_scale is read as float32 only: it raises on float64 parameters.
-        return any(p.dtype is torch.float64 for group in self.optimizer.param_groups for p in group["params"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        kind = type(self.optimizer)
+        return not any(p.dtype is torch.float64 or kernels.fused_skips_elements(kind, p) for p in parameters)
 
     def _is_ready(self) -> bool:
         for group in self.optimizer.param_groups:
             stateless = group.get("momentum") == 0
             for parameter in group["params"]:
-                if parameter.grad is None:
+                gradient = of_model(parameter).grad
+                if gradient is None:
                     continue
-                if parameter.grad.layout is not torch.strided:
+                if gradient.layout is not torch.strided:
                     return False
                 state = self.optimizer.state.get(parameter)
                 if not stateless and (not state or ("momentum" in group and state.get("momentum_buffer") is None)):
