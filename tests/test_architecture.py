@@ -25,6 +25,7 @@ LAYERS = [
     ["__main__"],
 ]
 LONG = {
+    "settings.py": "every toggle once",
     "step.py": "the life of a gradient, read straight down",
     "loop.py": "the run, read straight down",
 }

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from trainer.errors import ConfigError
 from trainer.gradient import norms
 from trainer.gradient.adaptive import clip_adaptive
+from trainer.gradient.narrow import of_model
 from trainer.gradient.report import Number, Report
 from trainer.settings import CLIPS, GradientSettings
 
@@ -88,7 +89,7 @@ class Clipping:
                 name = str(number)
                 _check(name, chosen)
                 how = next(iter(chosen), None)
-                held = frozenset(id(parameter) for parameter in group["params"])
+                held = frozenset(id(of_model(parameter)) for parameter in group["params"])
                 found.append(Bound(name, how, float(chosen[how]) if how else 0.0, held))
         return [*found, self._toggles]
 
