@@ -17,7 +17,7 @@ LAYERS = [
     ["gradient"],
     ["optim", "data", "activations", "diagnose"],
     ["step", "modes", "device"],
-    ["evaluate", "checkpoint", "loggers", "diagnose.health", "summary", "due"],
+    ["evaluate", "checkpoint", "loggers", "diagnose.health", "summary", "due", "certificate"],
     ["feed", "held_out", "limits"],
     ["loop"],
     ["config", "verbs"],

@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainer.certificate.certificate import Certificate, Finding
+    from trainer.certificate.entry import certify
     from trainer.data import Split
     from trainer.data.windows import Window, windows
     from trainer.diagnose.graph import graph
@@ -38,6 +40,9 @@ _HOMES = {
     "model_loss": "trainer.gradient.model_loss",
     "graph": "trainer.diagnose.graph",
     "Report": "trainer.gradient.report",
+    "Certificate": "trainer.certificate.certificate",
+    "Finding": "trainer.certificate.certificate",
+    "certify": "trainer.certificate.entry",
     "Settings": "trainer.settings",
     "TrainerError": "trainer.errors",
     "ConfigError": "trainer.errors",
@@ -49,11 +54,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "Certificate",
     "CheckpointError",
     "ConfigError",
     "Cotangents",
     "DataError",
     "DivergedError",
+    "Finding",
     "GradientError",
     "ObjectiveError",
     "Report",
@@ -64,6 +71,7 @@ __all__ = [
     "Trainer",
     "TrainerError",
     "Window",
+    "certify",
     "graph",
     "model_loss",
     "supervised",

@@ -188,6 +188,16 @@ class Step:
             )
         return report
 
+    def gradient(self) -> dict[str, Tensor]:
+        """The open window's true gradient by name, over all ranks, before any clip. After it only cancel() is left."""
+        if self._open is None:
+            raise ConfigError("gradient() came without an open window: call accumulate(micro_batch) before it.")
+        self._open.check_whole()
+        gradients = self.parameters.gradients()
+        self.ranks.sum_gradients([*gradients.values(), *self._open.held_apart()])
+        norms.scale(list(gradients.values()), self._unscale(self._open, gradients))
+        return {name: gradient.clone() for name, gradient in self.parameters.gradients().items()}
+
     # The stages, in the order above.
 
     def _begin(self, window: Sequence[Any] | None) -> OpenWindow:
@@ -212,6 +222,8 @@ class Step:
             open_.check_coefficients()
         gradients = self.parameters.gradients()
         factor = self._unscale(open_, gradients)  # unscale
+        if self._aside:
+            add_back(self._aside)
         if self._aside or open_.apart():
             gradients = self.parameters.gradients()
         by_norm = self._clipping.by_norm
@@ -263,8 +275,6 @@ class Step:
             factor = 1.0
         for held, own in apart:
             add_apart(held, own, self.parameters.by_name)
-        if self._aside:
-            add_back(self._aside)
         return factor
 
     def _clip(self, gradients: dict[str, Tensor], factor: Number, measured: Measured | None, report: Report) -> Number:

@@ -1,0 +1,89 @@
+"""certify(...): the certificate of a model, an objective and a window, or of somebody else's loop."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from trainer.certificate.certificate import Certificate
+from trainer.certificate.examine import examine
+from trainer.certificate.lab import Lab
+from trainer.certificate.paths import Loop, LoopPath, Path, StepPath
+from trainer.certificate.reference import Asked
+from trainer.data.sources import source_of
+from trainer.errors import ConfigError
+from trainer.gradient.objective import as_objective
+from trainer.gradient.parameters import named_for, named_parameters
+from trainer.optim.update import as_optimizers
+from trainer.settings import DataSettings, GradientSettings, step_settings
+
+
+def certify(
+    model: Any,
+    objective: Any,
+    optimizer: Any = None,
+    data: Any = None,
+    *,
+    loop: Loop | None = None,
+    lr: float | None = None,
+    batch_size: int = 32,
+    accumulation_steps: int = 1,
+    count_rows: Callable[[Any], int] | None = None,
+    **settings: Any,
+) -> Certificate:
+    """Hold one window's gradient against the plain reference, and name what breaks it. Nothing is changed.
+
+    Args:
+        model: an nn.Module, or any object that holds leaf tensors.
+        objective: as `Step` takes it; for a loop, what its gradient ought to be the gradient of.
+        optimizer: its parameters are those that count; None: all that require a gradient.
+        data: a window, that is a list of micro-batches; or what `Trainer` takes as data (a tuple of tensors, a
+            dataset, a DataLoader), of which the first window is taken.
+        loop: in place of a step as it is configured: a callable that is given the model and the micro-batches and
+            leaves `.grad`, or takes one step of plain SGD.
+        lr: of the loop's SGD step; the gradient is then (parameters before - after) / lr.
+        batch_size, accumulation_steps: how data is cut into a window.
+        count_rows: rows of a micro-batch, where the first dimension of its first tensor is not that.
+        settings: keywords of `Step`: `precision="bf16"`, `activation_checkpointing=4`, `reduction="sum"`, ….
+    """
+    objective = as_objective(objective)
+    window = _window(data, batch_size, accumulation_steps)
+    parameters = _parameters(model, optimizer)
+    gradient = settings.get("gradient")
+    toggles = {name: settings[name] for name in settings if name in GradientSettings.__dataclass_fields__}
+    asked = step_settings(gradient, toggles)
+    lab = Lab(
+        model,
+        objective,
+        window,
+        parameters,
+        Asked(asked.reduction, asked.coefficients, count_rows),
+        [] if loop is None else [("loop", loop)],
+    )
+    if loop is not None:
+        if settings:
+            raise ConfigError(f"certify got loop= and also {', '.join(settings)}: a loop has its own settings.")
+        path: Path = LoopPath(model, loop, parameters, lr)
+    else:
+        path = StepPath(model, objective, parameters, {"count_rows": count_rows, **settings})
+    return examine(lab, path, settings.get("precision", "fp32"))
+
+
+def _parameters(model: Any, optimizer: Any) -> dict[str, Tensor]:
+    found = named_parameters(model) if optimizer is None else named_for(model, as_optimizers(optimizer))
+    found = {name: parameter for name, parameter in found.items() if parameter.requires_grad}
+    if not found:
+        raise ConfigError("the model holds no parameter that requires a gradient: there is nothing to certify.")
+    return found
+
+
+def _window(data: Any, batch_size: int, accumulation_steps: int) -> Sequence[Any]:
+    is_tensors = isinstance(data, tuple) and all(isinstance(one, Tensor) for one in data)
+    if isinstance(data, list) or (isinstance(data, tuple) and not is_tensors):
+        window: list[Any] = list(data)
+    else:
+        batches = source_of(data, DataSettings(batch_size=batch_size, shuffle=False)).micro_batches(0, 0, 0)
+        window = [one for one, _ in zip(batches, range(accumulation_steps), strict=False)]
+    if not window:
+        raise ConfigError("the window holds no micro-batch: there is nothing to certify.")
+    return window
