@@ -25,7 +25,7 @@ def test_the_overview_has_every_verb_recipe_and_setting_with_a_line():
     text = help.overview()
     lines = {line.split("  ")[1].split("=")[0]: line for line in text.splitlines() if line.startswith("  ")}
     for name, line in [*help.VERBS.items(), *help.recipe_lines(None)]:
-        assert lines[name].endswith(line) and line
+        assert line and any(row.startswith(f"  {name} ") and row.endswith(line) for row in text.splitlines())
     for name in fields_of(Settings):
         section = section_of(Settings, name)
         for full, field in [(name, fields_of(Settings)[name])] if section is None else [

@@ -13,7 +13,7 @@ from runs import MSE, QUIET, bits, error, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from trainer import CheckpointError, ConfigError, DivergedError, Sum, Trainer
+from trainer import CheckpointError, ConfigError, DivergedError, Sum, Trainer, WrongGradientError
 from trainer.checkpoint import contents, folder, store
 from trainer.checkpoint.folder import listed
 from trainer.data import order
@@ -522,6 +522,21 @@ def test_grace(tmp_path) -> None:
         with pytest.raises(SystemExit):
             trainer.fit()
         assert grace <= time.monotonic() - began < 10
+
+
+@tries("check")
+def test_check_first_step() -> None:
+    trainer, hears = made(check="first_step")
+    trainer.fit()
+    plain, _ = made()
+    plain.fit()
+    assert trainer.step.clocks.steps == 5
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True))
+    mixes = lambda model, micro_batch: model(micro_batch[0]).mean() ** 2  # noqa: E731
+    trainer, hears = made(mixes, check="first_step", accumulation_steps=2)
+    with pytest.raises(WrongGradientError, match="WRONG GRADIENT: accumulation_steps in objective"):
+        trainer.fit()
+    assert hears.steps == []
 
 
 def test_every_keyword_has_its_test() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         GradientError,
         ObjectiveError,
         TrainerError,
+        WrongGradientError,
     )
     from trainer.gradient.model_loss import model_loss
     from trainer.gradient.objective import Cotangents, Sum, supervised
@@ -51,6 +52,7 @@ _HOMES = {
     "CheckpointError": "trainer.errors",
     "ObjectiveError": "trainer.errors",
     "GradientError": "trainer.errors",
+    "WrongGradientError": "trainer.errors",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "Trainer",
     "TrainerError",
     "Window",
+    "WrongGradientError",
     "certify",
     "graph",
     "model_loss",

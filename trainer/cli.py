@@ -112,14 +112,14 @@ def _with_hydra(verb: str, parser: Any, options: Any) -> int:
         elif options.shell_completion:
             hydra_app.complete(hydra, name, options.overrides, tuple(help.VERBS))
         else:
-            jobs = Jobs(verb, options.config_dir, options.config_name)
+            jobs = Jobs(verb, options.config_dir, options.config_name, getattr(options, "json", False))
             loader.check = jobs.check
             if hydra_app.sweeps(loader, name, options.overrides, options.multirun):
                 config, done = hydra_app.multirun(hydra, name, options.overrides, jobs.run)
                 best = config.best
                 print("\n".join(sweep.summary(done, config.hydra.sweep.dir, best.metric, best.mode)))
                 return jobs.code or sweep.code(done)
-            overrides = [*options.overrides, *(hydra_app.WRITE_NOTHING if verb == "eval" else ())]
+            overrides = [*options.overrides, *(hydra_app.WRITE_NOTHING if verb != "train" else ())]
             config = hydra_app.compose(loader, name, overrides)
             jobs.check(config)
             hydra_app.run(loader, config, jobs.run)
@@ -130,8 +130,11 @@ def _with_hydra(verb: str, parser: Any, options: Any) -> int:
 class Jobs:
     """The jobs of one command: one, or those of a sweep. One that fails is said at once and hides no other."""
 
-    def __init__(self, verb: str, config_dir: Path | None, config_name: str | None = None) -> None:
+    def __init__(
+        self, verb: str, config_dir: Path | None, config_name: str | None = None, as_json: bool = False
+    ) -> None:
         self.verb = verb
+        self.as_json = as_json
         self.code = 0
         self.config_dir = config_dir
         named = ["--config-name", config_name] if config_name else []
@@ -171,6 +174,10 @@ class Jobs:
 
             if self.verb == "eval":
                 value = verbs.evaluate(config, door)
+            elif self.verb == "check":
+                code = verbs.check(config, door, self.as_json)
+                self.code = self.code or code
+                return float(code)
             else:
                 go_on = self._go_on(config.words, folder, overrides)
                 record.write(folder, config.plain, [*_typed(), *overrides, *self._where], go_on)

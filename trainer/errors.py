@@ -38,6 +38,12 @@ class LostRankError(TrainerError):
     """Another rank is gone or does not answer, so that this one cannot go on."""
 
 
+class WrongGradientError(TrainerError):
+    """The certificate says that what is configured does not compute the gradient that was asked for."""
+
+    exit_code = 6
+
+
 class ObjectiveError(TrainerError):
     """An objective whose answer is not something that can be differentiated as a window asks."""
 

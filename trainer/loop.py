@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from trainer.loggers.together import Together
 from trainer.settings import Settings, from_flat
 from trainer.signals import Signals
 from trainer.step import Step
+
+if TYPE_CHECKING:
+    from trainer.certificate import Certificate
 
 
 class Trainer:
@@ -85,17 +88,21 @@ class Trainer:
             model.to(self._device, dtype)
         if self.settings.tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
+        # What decides what the gradient is; the certificate makes steps of its own by it.
+        self._of_gradient: dict[str, Any] = {
+            "activation_checkpointing": self.settings.activation_checkpointing,
+            "precision": self.settings.precision,
+            "count_rows": count_rows,
+            "gradient": self.settings.gradient,
+        }
         self.step = Step(
             model,
             objective,
             optimizer,
             schedule=schedule,
-            activation_checkpointing=self.settings.activation_checkpointing,
-            precision=self.settings.precision,
-            count_rows=count_rows,
             transforms=transforms,
             skip_if=skip_if,
-            gradient=self.settings.gradient,
+            **self._of_gradient,
         )
         self._signals = Signals(self.settings.checkpoint.grace)
         self._held_out = HeldOut(
@@ -133,6 +140,8 @@ class Trainer:
             rng.seed_all(self.settings.seed)
         notes = [*modes.set_train(self.model, self.step.optimizers), *self._health.notes()]
         self._feed.start()
+        if self.settings.check is not None and not self.step.clocks.windows:
+            self._health.before_first(self._certify)
         who = {"recipe": self.recipe, "folder": self.folder, "config": self.config, "device": str(self._device)}
         start = summary.start(self.step, self._feed.source, self.settings, notes, resumed, **who)
         try:
@@ -150,9 +159,19 @@ class Trainer:
         """Evaluate on the held-out data: the loss and the metrics by name. Nothing else changes."""
         return self._held_out.evaluate_anew()[0]
 
+    def certify(self) -> "Certificate":
+        """Hold the next window's gradient, as it is configured here, against the plain reference. Changes nothing."""
+        with rng.preserved(), modes.in_train(self.model):
+            return self._certify(next(self._feed.windows()))
+
     def load(self, path: str | Path) -> None:
         """Put the parameters of a checkpoint, a `model.safetensors` or a run's folder into the model."""
         self.state.load_start(Path(path))
+
+    def _certify(self, window: Any) -> "Certificate":
+        from trainer.certificate.entry import certify_step
+
+        return certify_step(self.step, window, self._of_gradient)
 
     # The run.
 

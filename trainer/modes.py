@@ -70,5 +70,17 @@ def set_train(model: Any, optimizers: Sequence[Any]) -> list[str]:
     return ["the model was wholly in eval mode: it was put in train mode."]
 
 
+@contextmanager
+def in_train(model: Any) -> Iterator[None]:
+    """The modes that a run begins with, and afterwards each submodule's own."""
+    modes = [(module, module.training) for module in named_modules(model).values()]
+    try:
+        set_train(model, ())
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def has_modes(optimizer: Any) -> bool:
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))

@@ -214,6 +214,9 @@ class Settings:
     audit: bool = setting(
         True, "name parameters that get no gradient or do not move, and gradients that vanish, explode or stop coming"
     )
+    check: Literal["first_step"] | None = setting(
+        None, "first_step: before the first step, certify its gradient against a plain reference; exit code 6 if wrong"
+    )
     gradient: GradientSettings = Field(default_factory=GradientSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     activation_checkpointing: ActivationCheckpointingSettings = Field(default_factory=ActivationCheckpointingSettings)

@@ -1,5 +1,6 @@
 """What the verbs do once the config is checked. This is where torch is first imported."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from trainer.config.build import build
 from trainer.config.door import Door
 from trainer.config.schema import RunConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, WrongGradientError
 
 
 def train(config: RunConfig, door: Door, folder: Path, go_on: str) -> float:
@@ -35,6 +36,21 @@ def evaluate(config: RunConfig, door: Door) -> float:
     lines = [f"  {name} {value:.6g}\n" for name, value in metrics.items()]
     sys.stdout.write("".join([f"{config.words.recipe or 'evaluation'}: {what}\n", *lines]))
     return metrics.get(config.settings.best.metric, math.nan)
+
+
+def check(config: RunConfig, door: Door, as_json: bool) -> int:
+    """Print the certificate of the first window's gradient, as the config has it computed. Returns the exit code."""
+    path = _checkpoint(config)
+    trainer = build(config, door)
+    if path is not None:
+        trainer.load(path)
+    certificate = trainer.certify()
+    if as_json:
+        sys.stdout.write(json.dumps({"recipe": config.words.recipe, **certificate.as_dict()}) + "\n")
+    else:
+        what = "one window's gradient as it is configured, against the reference"
+        sys.stdout.write(f"{config.words.recipe or 'check'}: {what}\n{certificate}\n")
+    return 0 if certificate.passed else WrongGradientError.exit_code
 
 
 def _checkpoint(config: RunConfig) -> Path | None:

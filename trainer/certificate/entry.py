@@ -1,6 +1,6 @@
 """certify(...): the certificate of a model, an objective and a window, or of somebody else's loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from trainer.gradient.objective import as_objective
 from trainer.gradient.parameters import named_for, named_parameters
 from trainer.optim.update import as_optimizers
 from trainer.settings import DataSettings, GradientSettings, step_settings
+from trainer.step import Step
 
 
 def certify(
@@ -46,7 +47,7 @@ def certify(
         count_rows: rows of a micro-batch, where the first dimension of its first tensor is not that.
         settings: keywords of `Step`: `precision="bf16"`, `activation_checkpointing=4`, `reduction="sum"`, ….
     """
-    objective = as_objective(objective)
+    objective = as_objective(objective, model)
     window = _window(data, batch_size, accumulation_steps)
     parameters = _parameters(model, optimizer)
     gradient = settings.get("gradient")
@@ -67,6 +68,19 @@ def certify(
     else:
         path = StepPath(model, objective, parameters, {"count_rows": count_rows, **settings})
     return examine(lab, path, settings.get("precision", "fp32"))
+
+
+def certify_step(step: Step, window: Sequence[Any], keywords: Mapping[str, Any]) -> Certificate:
+    """The certificate of a step as it was made.
+
+    Args:
+        keywords: those that it was made with, but for its schedule.
+    """
+    parameters = {name: one for name, one in step.parameters.by_name.items() if one.requires_grad}
+    asked = Asked(step.settings.reduction, step.settings.coefficients, keywords.get("count_rows"))
+    lab = Lab(step.model, step.objective, window, parameters, asked)
+    path = StepPath(step.model, step.objective, parameters, keywords)
+    return examine(lab, path, keywords.get("precision", "fp32"))
 
 
 def _parameters(model: Any, optimizer: Any) -> dict[str, Tensor]:

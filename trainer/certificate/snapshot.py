@@ -211,7 +211,7 @@ def _is_library(module: str | None) -> bool:
 
 def _is_ours(kind: type) -> bool:
     """Objectives of this package hold the user's loss; nothing else of the package is looked into."""
-    return kind.__module__.startswith(("trainer.recipes.", "trainer.gradient.objective"))
+    return kind.__module__.startswith(("trainer.recipes.", "trainer.gradient.objective", "trainer.gradient.model_loss"))
 
 
 def _values_of(tensor: Tensor) -> _Values | None:

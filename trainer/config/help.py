@@ -13,6 +13,7 @@ from trainer.settings import Settings, fields_of, section_of
 VERBS = {
     "train": "train a recipe",
     "eval": "evaluate a checkpoint (init=PATH or run=NAME) or a fresh model",
+    "check": "certify the gradient of one window before a run: what breaks it is named (exit code 6)",
     "recipes": "list the recipes with a line each",
 }
 
@@ -26,6 +27,11 @@ _EXAMPLES = {
         "trainer train recipe=digits --cfg job                                   # only shows the config",
     ),
     "eval": ("trainer eval recipe=digits run=mine", "trainer eval recipe=digits init=model.safetensors"),
+    "check": (
+        "trainer check recipe=digits",
+        "trainer check recipe=conv gradient.accumulation_steps=4",
+        "trainer check recipe=digits activation_checkpointing=segments precision=bf16 --json",
+    ),
     "recipes": ("trainer recipes", "trainer recipes --config-dir ."),
 }
 
@@ -51,6 +57,8 @@ def parser(verb: str | None) -> Parser:
     )
     if verb == "recipes":
         return made
+    if verb == "check":
+        made.add_argument("--json", action="store_true", help="the certificate for machines, in one line")
     made.add_argument("--config-name", "-cn", metavar="NAME", help="another root config than train.yaml")
     made.add_argument("--multirun", "-m", action="store_true", help="run each combination of key=a,b key=c,d")
     made.add_argument("--cfg", "-c", choices=["job", "hydra", "all"], help="show the config and stop")

@@ -6,6 +6,7 @@ from typing import Any
 from trainer.diagnose.audit import FirstStep, wiring
 from trainer.diagnose.retention import Retention
 from trainer.diagnose.watch import Watch
+from trainer.errors import WrongGradientError
 from trainer.gradient.report import Report
 from trainer.loggers.events import Found
 
@@ -32,6 +33,25 @@ class Health:
         if is_on:
             held = {"model": step.model, "objective": step.objective}
             step.after_backward.append(Retention(self._found, lambda: held))
+
+    def before_first(self, certify: Callable[[Any], Any]) -> None:
+        """Have the first window's gradient certified before it becomes a step (`check=first_step`).
+
+        The step then raises WrongGradientError in place of stepping on a wrong one.
+        """
+        step = self.step
+
+        def checked(window: Any, *others: Any) -> Report:
+            self.step = step
+            certificate = certify(window)
+            if not certificate.passed:
+                raise WrongGradientError(
+                    f"{certificate.verdict()} Nothing was trained; trainer check shows the figures."
+                )
+            self._found(certificate.verdict())
+            return step(window, *others)
+
+        self.step = checked
 
     def notes(self) -> list[str]:
         """What can be said before the first step."""
