@@ -193,8 +193,9 @@ class Step:
         if self._open is None:
             raise ConfigError("gradient() came without an open window: call accumulate(micro_batch) before it.")
         self._open.check_whole()
+        if self._reducer is not None:
+            self._reducer.close(self._open, self.parameters)
         gradients = self.parameters.gradients()
-        self.ranks.sum_gradients([*gradients.values(), *self._open.held_apart()])
         norms.scale(list(gradients.values()), self._unscale(self._open, gradients))
         return {name: gradient.clone() for name, gradient in self.parameters.gradients().items()}
 
