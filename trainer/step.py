@@ -101,8 +101,8 @@ class Step:
         self._aside: Aside = []
         self._expected: dict[str, float] = {}
         self._moving = False
-        self.after_backward: list[Callable[[Tensor], None]] = []
-        """Instruments, called with the first root of each backward when it is over (`trainer.diagnose`)."""
+        self.after_backward: list[Callable[[OpenWindow, list[Tensor]], None]] = []
+        """Instruments (`trainer.diagnose`): called with the window and the roots when a micro-batch is done."""
 
     def __call__(self, window: Sequence[Any], norms: bool = False, between: Callable[[], None] | None = None) -> Report:
         """One step on a window: a sequence of micro-batches, drawn whole.
@@ -165,9 +165,9 @@ class Step:
             except RuntimeError as error:
                 explain(error, self._as_it_was(micro_batch), tuple(roots))
                 raise
-            for look in self.after_backward:
-                look(roots[0])
         open_.count(micro_batch)
+        for look in self.after_backward:
+            look(open_, roots)
 
     def finish(self, norms: bool = False) -> Report:
         """End the window: in a step, or in a skip that leaves parameters, buffers and optimizer state as they were."""

@@ -32,7 +32,7 @@ class _Sentinel:
 
 
 class Retention:
-    """Called with each root when its backward is over.
+    """Called with the roots of each backward when it is over.
 
     Args:
         found: hears the sentence, once.
@@ -47,11 +47,11 @@ class Retention:
         self._collections = 0
         self._is_over = False
 
-    def __call__(self, root: Tensor) -> None:
+    def __call__(self, _: Any, roots: list[Tensor]) -> None:
         self._count += 1
         if self._is_over or (self._count > _DENSE and self._count % _SPARSE):
             return
-        node = root.grad_fn
+        node = roots[0].grad_fn if roots else None
         if node is None:
             return
         if len(self._marks) == _ALIVE and self._all_alive():
@@ -62,7 +62,8 @@ class Retention:
                 self._found(self._sentence())
                 return
         sentinel = _Sentinel()
-        node.metadata[_KEY] = sentinel
+        metadata: Any = node.metadata
+        metadata[_KEY] = sentinel
         self._marks.append(weakref.ref(sentinel))
 
     def _all_alive(self) -> bool:
