@@ -487,6 +487,25 @@ def test_a_checkpoint_is_written_on_a_thread_and_its_failure_stops_the_run_or_no
         assert [one.manifest.clocks["steps"] for one in listed(tmp_path / f"warn {background}")] == [4, 5]
 
 
+@tries("noise_scale")
+def test_the_noise_scale(tmp_path) -> None:
+    data = tuple(torch.cat([tensor] * 20) for tensor in rows(6))
+    settings = {**QUIET, "batch_size": 4, "accumulation_steps": 3, "epochs": 2, "log_every": 5, "noise_scale": 2}
+    watched = {"tensorboard": True, "metrics_file": True, "folder": tmp_path}
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    stop = Trainer(model, MSE, sgd(model.parameters(), lr=1e-3), data=data, seed=0, **{**settings, **watched}).fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line["measured"]["gradient/noise_scale"] for line in lines if line.get("measured")]
+    assert found
+    assert all(value > 0 for value in found)
+    shown = EventAccumulator(str(tmp_path)).Reload().Scalars("gradient/noise_scale")
+    assert [event.value for event in shown] == pytest.approx(found)
+    assert any(words.startswith("noise scale ") for words in stop.health)
+    with pytest.raises(ConfigError, match="here a window is one micro-batch: set gradient.accumulation_steps to 2"):
+        Trainer(model, MSE, sgd(model.parameters(), lr=1e-3), data=data, noise_scale=2, **QUIET)
+
+
 @tries("audit")
 @pytest.mark.parametrize("audit", [True, False])
 def test_the_audit(tmp_path, capsys, audit) -> None:

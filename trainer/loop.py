@@ -109,7 +109,7 @@ class Trainer:
             evaluation_data, self.step, metrics, self.settings, self._device, self._signals, count_rows
         )
         self._loggers = Together([*chosen(self.settings.loggers, self.folder), *loggers])
-        self._health = Health(self.step, self._loggers.found, self.settings.audit)
+        self._health = Health(self.step, self._loggers.found, self.settings)
         parts = {"evaluation": self._held_out, "health": self._health}
         self.state = RunState(model, self.step, self.settings, self.folder, self.config, parts)
         self.go_on: str | None = None

@@ -171,6 +171,18 @@ class LoggerSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class DiagnoseSettings:
+    """What is looked at of the gradient beside training with it."""
+
+    audit: bool = setting(
+        True, "name parameters that get no gradient or do not move, gradients that vanish or explode, graphs kept alive"
+    )
+    noise_scale: int | None = setting(
+        None, "estimate the gradient noise scale from one of so many windows (null: not at all)", ge=1
+    )
+
+
+@dataclass(frozen=True, config=_STRICT)
 class CheckpointSettings:
     """When the state of the run is saved."""
 
@@ -211,9 +223,6 @@ class Settings:
         "fp32; bf16 and fp16 (autocast, parameters stay float32); bf16_true and fp64 (everything in that dtype)",
     )
     tf32: bool = setting(False, "let CUDA multiply float32 matrices in TF32")
-    audit: bool = setting(
-        True, "name parameters that get no gradient or do not move, and gradients that vanish, explode or stop coming"
-    )
     check: Literal["first_step"] | None = setting(
         None, "first_step: before the first step, certify its gradient against a plain reference; exit code 6 if wrong"
     )
@@ -225,6 +234,7 @@ class Settings:
     best: BestSettings = Field(default_factory=BestSettings)
     loggers: LoggerSettings = Field(default_factory=LoggerSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    diagnose: DiagnoseSettings = Field(default_factory=DiagnoseSettings)
 
 
 T = TypeVar("T")

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.diagnose.audit import FirstStep, wiring
+from trainer.diagnose.noise import NoiseScale
 from trainer.diagnose.retention import Retention
 from trainer.diagnose.watch import Watch
-from trainer.errors import WrongGradientError
+from trainer.errors import ConfigError, WrongGradientError
 from trainer.gradient.report import Report
 from trainer.loggers.events import Found
+from trainer.settings import Settings
 
 
 class Health:
@@ -17,22 +19,32 @@ class Health:
     Args:
         step: the run's.
         tell: what hears of each finding.
-        is_on: whether to look at all (`audit`).
+        settings: the run's; of them `diagnose`.
 
     Attributes:
         step: what the run calls for its steps: the audit until a first one was taken, from then on the step itself.
     """
 
-    def __init__(self, step: Any, tell: Callable[[Found], None], is_on: bool) -> None:
+    def __init__(self, step: Any, tell: Callable[[Found], None], settings: Settings) -> None:
         self._step = step
         self._tell = tell
-        self._watch = Watch() if is_on else None
+        wanted = settings.diagnose
+        self._watch = Watch() if wanted.audit else None
         self.step: Callable[..., Report] = step
-        if is_on and not step.clocks.windows:
+        if wanted.audit and not step.clocks.windows:
             self.step = FirstStep(step, self._found, self._is_over)
-        if is_on:
+        if wanted.audit:
             held = {"model": step.model, "objective": step.objective}
             step.after_backward.append(Retention(self._found, lambda: held))
+        self._noise: NoiseScale | None = None
+        if wanted.noise_scale is not None:
+            if settings.gradient.accumulation_steps < 2:
+                raise ConfigError(
+                    "diagnose.noise_scale compares the micro-batches of a window with the whole, and here a window is "
+                    "one micro-batch: set gradient.accumulation_steps to 2 or more."
+                )
+            self._noise = NoiseScale(step, wanted.noise_scale)
+            step.after_backward.append(self._noise)
 
     def before_first(self, certify: Callable[[Any], Any]) -> None:
         """Have the first window's gradient certified before it becomes a step (`check=first_step`).
@@ -59,13 +71,18 @@ class Health:
 
     def look(self, report: Report) -> None:
         """Now and then, when a report is read anyway."""
+        scale = self._noise.scale() if self._noise is not None else None
+        if scale is not None:
+            report.measured["gradient/noise_scale"] = scale.rows
         if self._watch is not None:
             for finding in self._watch.look(self._step.parameters.by_name, report):
                 self._found(finding)
 
     def words(self) -> list[str]:
         """How the gradient did, for the run's end."""
-        return self._watch.health() if self._watch is not None else []
+        said = self._watch.health() if self._watch is not None else []
+        scale = self._noise.scale() if self._noise is not None else None
+        return [*said, f"{scale}: windows of fewer rows lose little"] if scale is not None else said
 
     def state_dict(self) -> dict[str, Any] | None:
         """What was seen and said so far; None where nothing is looked at."""

@@ -130,8 +130,7 @@ def _lay(group: Group, steps: dict[str, list[tuple[str, str]]]) -> _Level:
                 level.items.setdefault(port, _Item(port, 1.0, 0.0))
     layers = _layers(level, edges)
     links = _bend(level, edges, layers)
-    rows = _order(level, links, layers)
-    _place(level, rows, links)
+    _place(level, _order(level, links, layers), links)
     return level
 
 
@@ -175,8 +174,7 @@ def _bend(level: _Level, edges: Sequence[tuple[str, str]], layers: dict[str, int
     """The edges from layer to layer, those that pass several cut by bends."""
     links = []
     for a, b in edges:
-        previous = a
-        bends = []
+        previous, bends = a, []
         for layer in range(layers[a] + 1, layers[b]):
             key = f"bend {a} {b} {layer}"
             level.items[key] = _Item(key, 4.0, 0.0)
@@ -211,9 +209,9 @@ def _order(level: _Level, links: Sequence[tuple[str, str]], layers: dict[str, in
 
 
 def _median(places: list[int], default: float) -> float:
+    places.sort()
     if not places:
         return default
-    places.sort()
     half = len(places) // 2
     return float(places[half]) if len(places) % 2 else (places[half - 1] + places[half]) / 2
 
@@ -247,8 +245,9 @@ def _place(level: _Level, rows: list[list[str]], links: Sequence[tuple[str, str]
             items[key].x += PAD - left
             items[key].y = y + (height - items[key].height) / 2
         y += height + (LAYER if height else PORT)
-    title = len(last_name(level.group.name)) * LETTER + 2 * PAD
-    level.width = max([title, *(item.x + item.width + PAD for item in items.values())])
+    level.width = max(
+        [len(last_name(level.group.name)) * LETTER + 2 * PAD, *(item.x + item.width + PAD for item in items.values())]
+    )
     level.height = y - (LAYER - PAD) if rows and items[rows[-1][0]].height else y - PORT
 
 
@@ -287,8 +286,7 @@ def _points(
 ) -> list[tuple[float, float]]:
     """The way of an arrow: from the lower edge of where it starts, by ports and bends, to the upper edge of its end."""
     levels: dict[str, _Level] = {}
-    ahead = [root]
-    for level in ahead:
+    for level in (ahead := [root]):
         levels[level.group.key] = level
         ahead.extend(level.inner.values())
     x, y, width, height = at[way[0][0], way[0][1]]

@@ -2,8 +2,8 @@
 
 McCandlish, Kaplan, Amodei and others, "An Empirical Model of Large-Batch Training" (2018), appendix A: from the squared
 norms of gradients over few and over many rows follow |G|², of the true gradient, and tr Σ, of one row's noise; the
-scale is tr Σ / |G|². The micro-batches of a window are the few, the window the many. Both estimates scatter, |G|² may even
-come out negative, so it is their averages that are divided: the average of their ratios would be biased.
+scale is tr Σ / |G|². The micro-batches of a window are the few, the window the many. Both estimates scatter, and |G|²
+may even come out negative, so it is their averages that are divided: the average of their ratios would be biased.
 """
 
 import math

@@ -27,6 +27,7 @@ class Report:
     - `loss_scale`: what backward's seeds were multiplied with; None unless in fp16. `overflowed`: whether the step was
       skipped because of it.
     - `skipped`, `reason`: whether the step was not taken, and the sentence that says why.
+    - `measured`: what instruments read in this window, by TensorBoard's tag; empty unless one was asked for.
     - `lr`: the learning rate of the first parameter group.
     - `micro_batches`, `rows`, `tokens`: what this window held.
     - `clocks`: the counts after this window ({"steps": 12, ...}).
@@ -34,7 +35,8 @@ class Report:
 
     __slots__ = (
         "_clip_factor", "_clocks", "_diverged", "_grad_norm", "_groups", "_loss", "_loss_scale", "_lr", "_norm_after",
-        "_overflowed", "_reason", "_skipped", "_terms", "_weights", "coefficients", "micro_batches", "rows", "tokens",
+        "_overflowed", "_reason", "_skipped", "_terms", "_weights", "coefficients", "measured",
+        "micro_batches", "rows", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +65,7 @@ class Report:
         self._reason: str | Callable[[], str] | None = None
         self._lr: Number = 0.0
         self._clocks: Callable[[], dict[str, int]] = dict
+        self.measured: dict[str, float] = {}
 
     @property
     def terms(self) -> dict[str, float]:

@@ -140,6 +140,7 @@ def _facts(event: str, report: Report) -> dict[str, Any]:
         "lr": report.lr,
         "skipped": report.skipped,
         "reason": report.reason,
+        **({"measured": report.measured} if report.measured else {}),
     }
 
 

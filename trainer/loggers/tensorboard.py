@@ -117,6 +117,7 @@ class TensorBoard:
         self._skips = _skips(clocks)
         scalars["gradient/skips"] = self._skips
         scalars["optimizer/lr"] = report.lr
+        scalars.update(report.measured)
         scalars.update(self._told_by_clocks(clocks))
         rate = self._rate.measure(clocks, seconds)
         if rate is not None:
