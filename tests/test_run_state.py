@@ -263,12 +263,13 @@ def test_what_does_not_fit_is_named(change, sentence, saved) -> None:
 
 def test_another_model_or_optimizer_is_named(saved) -> None:
     model = net()
+    same = {"batch_size": 3, "accumulation_steps": 3, "clip_norm": 0.5, "console": False}
     two = [sgd(model[0].parameters(), lr=0.1), sgd(model[4].parameters(), lr=0.1)]
     with pytest.raises(CheckpointError, match="holds 1 optimizers, the run has 2"):
-        Trainer(model, MSE, two, data=rows(4), steps=1, console=False).fit(resume=saved)
+        Trainer(model, MSE, two, data=rows(4), steps=1, **same).fit(resume=saved)
     other = nn.Linear(3, 1)
     with pytest.raises(CheckpointError, match=r"has no 'weight' \(2 missing\)"):
-        Trainer(other, MSE, sgd(other.parameters(), lr=0.1), data=rows(4), steps=1, console=False).fit(resume=saved)
+        Trainer(other, MSE, sgd(other.parameters(), lr=0.1), data=rows(4), steps=1, **same).fit(resume=saved)
 
 
 def test_a_third_partys_state_may_have_any_shape(tmp_path) -> None:

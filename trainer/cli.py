@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(error)
         code = error.exit_code
     except Stopped as stop:
+        print(f"{stop.reason}.", file=sys.stderr)
         code = stop.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C.", file=sys.stderr)
@@ -204,7 +205,7 @@ class Jobs:
     def _go_on(self, words: "Words", folder: Path, overrides: list[str]) -> str:
         """The words that go on with this run. Its folder is found by its name where it lies in its usual place."""
         usual = Path("outputs") / (words.recipe or "run")
-        own = [word for word in overrides if word.partition("=")[0] not in ("resume", "init")]
+        own = [word for word in overrides if word.partition("=")[0] not in ("resume", "init", "accept")]
         if words.run is None:
             own.append(f"run={folder.name}" if folder.parent == usual else f"resume={folder.as_posix()}")
         return shlex.join([*_typed(), *own, *self._where])

@@ -62,8 +62,9 @@ class Stopped(SystemExit):
 
     exit_code = 75
 
-    def __init__(self) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(self.exit_code)
+        self.reason = reason
 
 
 class Paused(BaseException):

@@ -1,7 +1,7 @@
 """The run: window → step → report → loggers → evaluate → checkpoint → stop."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,26 +119,27 @@ class Trainer:
         window = self.settings.gradient.accumulation_steps
         self._feed = Feed(source, window, self.state, self.step.clocks, self.step.weigher, self._signals)
 
-    def fit(self, resume: str | Path = "never") -> Stop:
+    def fit(self, resume: str | Path = "never", accept: Collection[str] = ()) -> Stop:
         """Train until a limit is reached; called again, go on from where it stopped.
 
         Args:
-            resume: `never`, `auto` (the folder's last checkpoint where there is one), or a checkpoint's path.
+            resume: `never`, `auto` (the folder's last checkpoint where there is one), `last`, or a checkpoint's path.
+            accept: changed settings that a resumed run may go on with; those that cannot matter need not be named.
         """
         # Without a folder nothing can be saved for later: signals then do what they always do.
         with self.state.opened(), self._signals if self.folder else nullcontext():
-            return self._fit(resume)
+            return self._fit(resume, accept)
 
-    def _fit(self, resume: str | Path) -> Stop:
+    def _fit(self, resume: str | Path, accept: Collection[str]) -> Stop:
         self._limits.start(self.settings.limits)
-        resumed = self.state.resume(resume)
+        resumed = self.state.resume(resume, accept)
         if self.step.is_torn:
             raise GradientError(
                 "the last step was cut off while its parameters were being changed: go on from a checkpoint (resume=)."
             )
         if self.settings.seed is not None and resumed is None and not (self.step.clocks.windows or self.step.is_open):
             rng.seed_all(self.settings.seed)
-        notes = [*modes.set_train(self.model, self.step.optimizers), *self._health.notes()]
+        notes = [*self.state.notes, *modes.set_train(self.model, self.step.optimizers), *self._health.notes()]
         self._feed.start()
         if self.settings.check is not None and not self.step.clocks.windows:
             self._health.before_first(self._certify)
@@ -150,7 +151,7 @@ class Trainer:
         except BaseException as error:
             self._give_up(error)
             if isinstance(error, Paused):
-                raise Stopped from None
+                raise Stopped(self._signals.reason) from None
             raise
         self._signals.end()
         return self._stop(reason, self.state.finish)

@@ -18,7 +18,8 @@ def train(config: RunConfig, door: Door, folder: Path, go_on: str) -> float:
     trainer.go_on = go_on
     if words.init is not None:
         trainer.load(words.init)
-    stop = trainer.fit(resume=words.resume or ("auto" if words.run is not None else "never"))
+    resume = words.resume or ("auto" if words.run is not None else "never")
+    stop = trainer.fit(resume, accept=words.accept)
     return stop.metrics.get(config.settings.best.metric, math.nan)
 
 

@@ -101,6 +101,20 @@ def unused(run: Path, steps: int) -> Path:
     return path
 
 
+def put_aside(run: Path) -> bool:
+    """Rename `checkpoints/` to `checkpoints.previous`, or -2, -3, … behind it. Whether there was anything in it."""
+    if not _inside(run / CHECKPOINTS):
+        return False
+    path = run / f"{CHECKPOINTS}.previous"
+    count = 1
+    while os.path.lexists(path):
+        count += 1
+        path = path.with_name(f"{CHECKPOINTS}.previous-{count}")
+    (run / CHECKPOINTS).rename(path)
+    disk.sync_folder(run)
+    return True
+
+
 def pending(path: Path) -> Path:
     """Where a file or folder is written before it has its name."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -2,15 +2,15 @@
 
 import math
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import contents, finished, folder, of_optimizers, store
+from trainer.checkpoint import changes, contents, finished, folder, of_optimizers, store
 from trainer.checkpoint.nested import Snapshot
 from trainer.checkpoint.saving import Saving
-from trainer.errors import ConfigError, did_you_mean
+from trainer.errors import CheckpointError, ConfigError, did_you_mean
 from trainer.settings import Settings
 from trainer.step import Step
 
@@ -38,6 +38,7 @@ class RunState:
         evaluated_at: the windows clock at the last evaluation.
         owes_evaluation: whether an evaluation was due that did not come to its end.
         epoch_rng: the generators at the epoch's start, where the data draws its order from them.
+        notes: what there is to say of how the run was taken up, a sentence each.
         window_rng: the generators before the open window was drawn, where one is saved open.
     """
 
@@ -55,8 +56,9 @@ class RunState:
         self._settings = settings
         self._folder = run
         self._saving = None if run is None else Saving(run, settings.checkpoint)
-        self._config = config
+        self._config = changes.config_of(config, settings)
         self._parts = dict(parts or {})
+        self.notes: list[str] = []
         self.epoch_began = 0
         self.order_seed = settings.seed if settings.seed is not None else secrets.randbits(62)
         self.best: tuple[str, float, int] | None = None
@@ -130,7 +132,7 @@ class RunState:
         if self._saving is None:
             raise ConfigError("there is no folder to save into: give folder=.")
         parts = {name: part.state_dict() for name, part in self._parts.items()}
-        run = {name: getattr(self, name) for name in _OWN} | {"parts": parts}
+        run = {name: getattr(self, name) for name in _OWN} | {"parts": parts, "machine": self._machine()}
         state = contents.take(self._model, self._step, run, self._config)
         best = None if name != BEST or self.best is None else (self.best[0], self.best[1])
         self._saving.save(state, self._step.clocks.as_dict(), best, self._check())
@@ -144,30 +146,72 @@ class RunState:
         others = [of_optimizers.is_third_party(one) for one in optimizers]
         return lambda taken: of_optimizers.check_finite_copy(taken.tensors.get("optimizers", {}), names, others)
 
-    def resume(self, resume: str | Path) -> Path | None:
-        """Take a saved state up; which one that was. `never`: none; `auto`: the folder's last where there is one."""
-        if str(resume) == "never":
-            return None
-        if str(resume) == "auto":
-            if self._folder is None:
-                raise ConfigError('resume="auto" needs the folder that the run was saved in: give folder=.')
-            path = folder.last(self._folder)
-            if path is None:
-                return None
-        else:
-            path = folder.found(Path(resume))
-        self._load(path)
-        return path
+    def resume(self, resume: str | Path, accept: Collection[str] = ()) -> Path | None:
+        """Take a saved state up; which one that was, None where the run begins. What to say of it is in `notes`.
 
-    def _load(self, path: Path) -> None:
-        state = store.load(path)
+        Args:
+            resume: `never`; `auto`, the newest checkpoint of the folder that is whole, where there is one; `last`, the
+                same, and it must be there; or a path.
+            accept: changed keys of the config that the run may go on with.
+        """
+        self.notes = []
+        if str(resume) == "never":
+            self._begin_anew()
+            return None
+        if str(resume) not in ("auto", "last"):
+            path = folder.found(Path(resume))
+            self._load(path, store.load(path), accept)
+            return path
+        if self._folder is None:
+            raise ConfigError(f'resume="{resume}" needs the folder that the run was saved in: give folder=.')
+        newest, state = self._newest(self._folder)
+        if newest is not None:
+            self._load(newest, state, accept)
+        elif str(resume) == "last":
+            raise CheckpointError(f"{self._folder} holds no checkpoint to go on from: resume=auto begins anew.")
+        return newest
+
+    def _newest(self, run: Path) -> tuple[Path | None, dict[str, Any]]:
+        """The newest checkpoint that is whole. Those that are damaged are named, and never taken for none at all."""
+        error: CheckpointError | None = None
+        for one in folder.newest_first(run):
+            try:
+                if one.error is not None:
+                    raise one.error
+                return one.path, store.load(one.path)
+            except CheckpointError as damage:
+                error = damage
+                self.notes.append(f"passed over: {damage}")
+        if error is not None:
+            raise error
+        return None, {}
+
+    def _begin_anew(self) -> None:
+        """What another run has saved here is put aside: it must not be taken for this one's."""
+        clocks = self._step.clocks
+        if self._saving is not None and not (clocks.windows or self._step.is_open) and self._saving.put_aside():
+            self.notes.append(f"the checkpoints of an earlier run in {self._folder} were put aside.")
+
+    def _load(self, path: Path, state: Mapping[str, Any], accept: Collection[str]) -> None:
+        optimizers = self._step.optimizers
+        own = [[{**group, "params": None} for group in optimizer.param_groups] for optimizer in optimizers]
+        saved = state.get("config")
+        said = changes.judged(saved, self._config, accept, path) if isinstance(saved, Mapping) else []
         finite = self._settings.gradient.nonfinite != "allow"
-        run = contents.put_back(state, self._model, self._step, (*_OWN, "parts"), path, finite)
+        run = contents.put_back(state, self._model, self._step, (*_OWN, "parts", "machine"), path, finite)
+        if any(key.startswith("optimizer.") for key in accept):
+            for optimizer, groups in zip(optimizers, own, strict=True):
+                for group, values in zip(optimizer.param_groups, groups, strict=True):
+                    group.update({name: value for name, value in values.items() if name != "params"})
+        self.notes += [*said, *changes.moved(run.pop("machine"), self._machine())]
         parts = run.pop("parts")
         for name, part in self._parts.items():
             part.load_state_dict(parts.get(name))
         for name, value in run.items():
             setattr(self, name, value)
+
+    def _machine(self) -> dict[str, Any]:
+        return changes.machine(next(iter(self._step.parameters.by_name.values())).device)
 
     def load_start(self, path: Path) -> None:
         """Only the parameters and buffers, of whatever run they are (`init=PATH`)."""

@@ -65,6 +65,15 @@ class Saving:
         else:
             self._quietly(job)
 
+    def put_aside(self) -> bool:
+        """Give the folder's checkpoints another name, for a run that begins anew. Whether there were any."""
+        try:
+            return folder.put_aside(self.run)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.run}: an earlier run's checkpoints could not be put aside ({error}): choose another folder."
+            ) from None
+
     def look(self) -> None:
         """Called after every window: raises the error of a save that failed meanwhile."""
         self._quietly(self._writer.check)

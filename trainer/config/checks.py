@@ -26,7 +26,7 @@ def check(config: RunConfig, verb: str, recipes: Iterable[str]) -> None:
     if words.run is not None and not _NAME.fullmatch(words.run):
         raise ConfigError(f"run={words.run!r} is not possible: it becomes a folder, so it has to be a plain name.")
     _no_number_beyond_64_bits(dataclasses.asdict(settings), "")
-    goes_on_from = words.resume if words.resume not in ("auto", "never") else None
+    goes_on_from = words.resume if words.resume not in ("auto", "last", "never") else None
     if words.init is not None and goes_on_from is not None:
         raise ConfigError(
             "init and resume are both set: a run begins with a file's parameters or goes on from a checkpoint."

@@ -34,7 +34,8 @@ class Words:
     recipe: str | None = setting(None, "which recipe to take")
     description: str | None = setting(None, "a line about the recipe")
     run: str | None = setting(None, "name of the run: its folder, where the same command goes on (null: the time)")
-    resume: str | None = setting(None, "never, auto or a checkpoint's path (null: auto where the run has a name)")
+    resume: str | None = setting(None, "never, auto, last or a checkpoint's path (null: auto where the run has a name)")
+    accept: list[str] = setting([], "changed keys that a run which goes on may go on with; what is safe needs none")
     init: str | None = setting(None, "a checkpoint or model.safetensors to take the parameters from")
     trust: list[str] = setting([], "packages whose code a _target_ may call; only yours to say, never a recipe's")
 
