@@ -5,6 +5,7 @@ the layers, medians for the order, averages for the places. What enters or leave
 so that an arrow finds its way around the boxes of every group that it crosses.
 """
 
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from trainer.diagnose.groups import Group, last_name
 from trainer.diagnose.picture import Box
 
 LETTER, LINE = 6.7, 15.0
-"""Width of a letter and height of a line, in pixels."""
+"""Width of a letter, height of a line: pixels."""
 GAP, LAYER, PORT, PAD, HEAD = 22.0, 34.0, 16.0, 14.0, 20.0
 _SWEEPS = 6
 
@@ -209,11 +210,7 @@ def _order(level: _Level, links: Sequence[tuple[str, str]], layers: dict[str, in
 
 
 def _median(places: list[int], default: float) -> float:
-    places.sort()
-    if not places:
-        return default
-    half = len(places) // 2
-    return float(places[half]) if len(places) % 2 else (places[half - 1] + places[half]) / 2
+    return statistics.median(places) if places else default
 
 
 def _place(level: _Level, rows: list[list[str]], links: Sequence[tuple[str, str]]) -> None:
