@@ -10,7 +10,7 @@ from trainer.certificate import compare
 from trainer.certificate.certificate import Finding
 from trainer.certificate.compare import UNIT, Floors
 from trainer.certificate.lab import Lab, Run
-from trainer.certificate.probe import Probe, first_to_differ, first_to_differ_backward
+from trainer.certificate.probe import Probe, first_to_differ, first_to_differ_backward, first_to_pair
 
 SETTING = "accumulation_steps"
 
@@ -19,6 +19,7 @@ def explain_stochastic(lab: Lab, dtype: torch.dtype, one: Run, other: Run) -> Fi
     """The same forward twice came out otherwise: the first module that did."""
     left, right = Probe(), Probe()
     lab.reference(lab.window, dtype, probe=left)
+    lab.reference(lab.window[:1], dtype)  # an iterator that goes round may be where it was after a whole window
     lab.reference(lab.window, dtype, probe=right)
     for calls in right.calls.values():
         del calls[1:]
@@ -48,7 +49,7 @@ def explain_cut(
     lab.reference(cut, dtype, "neutral", fresh=_all, probe=left)
     lab.reference(whole, dtype, "neutral", fresh=_all, probe=right)
     tolerance = math.sqrt(UNIT[dtype])
-    module = first_to_differ(left, right, tolerance)
+    module = first_to_differ(left, right, tolerance) or first_to_pair(left, right, tolerance)
     if module is not None:
         reason = (
             "its output for a row depends on the other rows of the micro-batch (as batch statistics do), so "
@@ -108,7 +109,7 @@ def _objective(lab: Lab, dtype: torch.dtype, cut: Sequence[Any], one: Run, error
     kept = lab.reference(cut, dtype, "neutral", fresh=_all, keep_parts=True).window
     told = [sum(weights.values()) for weights in kept.weights] if kept is not None else []
     found = compare.shares(kept.parts, one.gradient) if kept is not None else None
-    if found is not None and found[1] < math.sqrt(UNIT[dtype]):
+    if found is not None and found[1] < math.sqrt(UNIT[dtype]) and _is_mean_or_total(found[0], told):
         right = [factor * weight for factor, weight in zip(found[0], told, strict=True)]
         scale = sum(told) / sum(right) if sum(right) else 1.0
         listed = ", ".join(f"{weight * scale:.4g}" for weight in right)
@@ -124,3 +125,9 @@ def _objective(lab: Lab, dtype: torch.dtype, cut: Sequence[Any], one: Run, error
         "another gradient of it: its value depends on which rows are together (pairs within the batch, say)."
     )
     return Finding("objective", SETTING, "objective", reason, error)
+
+
+def _is_mean_or_total(factors: Sequence[float], told: Sequence[float]) -> bool:
+    """Whether the whole is a mean of the parts with other weights, or their sum. A root of a mean, say, is neither."""
+    shares = [factor * weight / sum(told) for factor, weight in zip(factors, told, strict=True)]
+    return abs(sum(shares) - 1.0) < 1e-6 or all(abs(share - 1.0) < 1e-6 for share in shares)

@@ -1,12 +1,12 @@
 """The measurements: one window's gradient by the reference or by a path, always from the same state and draws."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import rng
 from trainer.certificate import wide
@@ -35,6 +35,12 @@ class Run:
     used: set[str] = field(default_factory=set)
     narrowed: set[torch.dtype] = field(default_factory=set)
     changed: list[str] = field(default_factory=list)
+
+
+class Watcher(Protocol):
+    """What looks on while a path runs (a `Probe`, say)."""
+
+    def watching(self, modules: Mapping[str, nn.Module], /) -> AbstractContextManager[None]: ...
 
 
 class Lab:
@@ -127,7 +133,7 @@ class Lab:
         window: Sequence[Any],
         off: frozenset[str] = frozenset(),
         draws: Kind | None = None,
-        probe: Probe | None = None,
+        probe: Watcher | None = None,
     ) -> Run:
         """The gradient by a path, with some of its settings (and of what the model switches on itself) off."""
         run = Run({})

@@ -95,7 +95,11 @@ def _note(value: Any, copies: list[Tensor], gradients: dict[int, Tensor]) -> Non
         index = len(copies)
         copies.append(tensor.detach().clone())
         if tensor.requires_grad and torch.is_grad_enabled():
-            tensor.register_hook(_keeper(index, gradients))
+            handle = tensor.register_hook(_keeper(index, gradients))
+            # Before the hooks that are there: what comes in is wanted, not what the module's own hook makes of it.
+            hooks = tensor._backward_hooks
+            for key in [key for key in hooks or {} if key != handle.id]:
+                hooks[key] = hooks.pop(key)  # type: ignore[index, union-attr]
 
 
 def _keeper(index: int, gradients: dict[int, Tensor]) -> Callable[[Tensor], None]:
@@ -131,6 +135,37 @@ def first_to_differ(cut: Probe, whole: Probe, tolerance: float) -> str | None:
         if _agree([one.outputs for one in parts], call.outputs, tolerance) is False:
             return key[0]
     return None
+
+
+def first_to_pair(cut: Probe, whole: Probe, tolerance: float) -> str | None:
+    """The first module whose rows come in alike and whose output has more than one dimension that grows with them."""
+    for key, (call, *_) in whole.calls.items():
+        parts = cut.calls.get(key)
+        if parts is None or _agree([one.inputs for one in parts], call.inputs, tolerance) is not True:
+            continue
+        for index, output in enumerate(call.outputs):
+            for one in parts:
+                if len(one.outputs) == len(call.outputs) and one.outputs[index].dim() == output.dim():
+                    grown = [a != b for a, b in zip(one.outputs[index].shape, output.shape, strict=True)]
+                    if sum(grown) > 1:
+                        return key[0]
+    return None
+
+
+def first_not_finite(probe: Probe) -> str | None:
+    """The first module that makes numbers that are not finite of such that are: in forward, else in backward."""
+    for (name, _), calls in probe.calls.items():
+        if any(_finite(call.inputs) and not _finite(call.outputs) for call in calls):
+            return name
+    for (name, _), calls in reversed(probe.calls.items()):
+        for call in calls:
+            if _finite(_listed(call.output_gradients)) and not _finite(_listed(call.input_gradients)):
+                return name
+    return None
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    return all(bool(one.isfinite().all()) for one in tensors)
 
 
 def first_to_differ_backward(

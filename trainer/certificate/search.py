@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
 from trainer.certificate import compare
 from trainer.certificate.certificate import Finding
+from trainer.certificate.checkpoints import Checkpoints
 from trainer.certificate.compare import Floors
-from trainer.certificate.lab import Lab, Run
+from trainer.certificate.lab import Lab, Run, Watcher
 from trainer.certificate.paths import Path
-from trainer.certificate.probe import Probe, first_to_recompute_otherwise
+from trainer.certificate.probe import Probe, first_not_finite, first_to_recompute_otherwise
 
 SETTINGS = {
     "checkpoint": "activation_checkpointing",
@@ -64,6 +67,11 @@ class Search:
             found += [self._explained(name, error, run) for name in off]
         if found:
             return found
+        if isinstance(run, Run) and not math.isfinite(compare.norm(run.gradient)):
+            probe = Probe()
+            self.measure(frozenset(), probe)
+            reason = "it makes numbers that are infinite or NaN of such that are not, and the reference does not."
+            return [Finding("overflow", None, first_not_finite(probe), reason, math.inf)]
         if isinstance(run, Exception):
             return [Finding("error", None, None, f"it raises {type(run).__name__}: {_sentence(run)}", math.inf)]
         return [_unexplained(run, self._goal, self._lab)]
@@ -81,7 +89,7 @@ class Search:
         run = self.measure(off)
         return isinstance(run, Run) and self._goal.reached(run)
 
-    def measure(self, off: frozenset[str], probe: Probe | None = None) -> Run | Exception:
+    def measure(self, off: frozenset[str], probe: Watcher | None = None) -> Run | Exception:
         try:
             return self._lab.by(self._path, self._lab.window, off, self._draws, probe)
         except Exception as error:
@@ -122,9 +130,10 @@ class Search:
             reason = f"its buffer '{buffer}' is changed once more when its part is computed again in backward."
             return Finding("buffers", setting, owner, reason, error)
         probe = Probe(states=True)
-        self.measure(frozenset(), probe)
+        with set_checkpoint_early_stop(False):  # else the recompute of the last module ends before its result is seen
+            self.measure(frozenset(), probe)
         seen = first_to_recompute_otherwise(probe)
-        module, changed = seen if seen is not None else (None, [])
+        module, changed = seen if seen is not None else (self._checkpointing_module(), [])
         if changed:
             names = ", ".join(f"'{name}'" for name in changed)
             reason = f"{names} was changed in place between its forward and the recompute in backward."
@@ -138,6 +147,16 @@ class Search:
             return Finding("draws", setting, module, reason, error)
         reason = "computed again in backward, from the same inputs, it comes out otherwise than in forward."
         return Finding("recompute", setting, module, reason, error)
+
+    def _checkpointing_module(self) -> str | None:
+        """The one module without whose own calls of checkpoint the gradient is right."""
+        seen = Checkpoints()
+        self.measure(frozenset(), seen)
+        for name in seen.users:
+            run = self.measure(frozenset(), Checkpoints(off=name))
+            if isinstance(run, Run) and self._goal.reached(run):
+                return name
+        return seen.users[0] if len(seen.users) == 1 else None
 
     def _saved(self, error: float) -> Finding:
         changed = [name for name in self._goal.reference.changed if name in self._lab.parameters]

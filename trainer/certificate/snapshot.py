@@ -9,19 +9,19 @@ reference, floating-point tensors become float64 in place, and afterwards have t
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from trainer.certificate.reach import Names, inside, is_installed, join
 
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
-# Code that is the library's: what lies inside it is no state of the user's.
-_LIBRARIES = ("torch", "numpy", "builtins", "typing", "collections", "functools", "threading", "logging", "trainer")
 
 
 @dataclass(slots=True)
@@ -47,11 +47,11 @@ class Snapshot:
             path, value = todo.pop()
             if isinstance(value, _PLAIN) or id(value) in self._held:
                 continue
-            contents, inside = _look(value, path)
-            if contents is None and not inside:
+            contents, within = _look(value, path)
+            if contents is None and not within:
                 continue
             self._held[id(value)] = _Held(path, value, contents)
-            todo.extend(reversed(inside))
+            todo.extend(reversed(within))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that was found, by the path to it."""
@@ -111,21 +111,22 @@ class _Values:
 def _look(value: Any, path: str) -> tuple[Any, list[tuple[str, Any]]]:
     """What to hold of an object (None: nothing), and what lies inside it."""
     if isinstance(value, Tensor):
-        inside = [(path, hook) for hook in (getattr(value, "_backward_hooks", None) or {}).values()]
+        within = [(path, hook) for hook in (getattr(value, "_backward_hooks", None) or {}).values()]
         extra = vars(value)
-        return _values_of(value), [*inside, *([(path, extra)] if extra else [])]
+        return _values_of(value), [*within, *([(path, extra)] if extra else [])]
     if isinstance(value, dict):
-        return dict(value), [(_join(path, key), item) for key, item in value.items()]
+        contents = dict(_plain(value).items(value))
+        return contents, [(join(path, key), item) for key, item in contents.items()]
     if isinstance(value, list | deque):
-        return list(value), [(_join(path, index), item) for index, item in enumerate(value)]
+        return list(value), [(join(path, index), item) for index, item in enumerate(value)]
     if isinstance(value, tuple | frozenset):
-        return None, [(_join(path, index), item) for index, item in enumerate(value)]
+        return None, [(join(path, index), item) for index, item in enumerate(value)]
     if isinstance(value, set | bytearray):
         return value.copy(), []
     if isinstance(value, torch.Generator):
         return value.get_state(), []
     if isinstance(value, random.Random):
-        return value.getstate(), []
+        return (None if isinstance(value, random.SystemRandom) else value.getstate()), []
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         if isinstance(value, numpy.ndarray):
@@ -136,82 +137,21 @@ def _look(value: Any, path: str) -> tuple[Any, list[tuple[str, Any]]]:
             return value.get_state(), []
     if isinstance(value, types.ModuleType | types.BuiltinFunctionType | types.CodeType | types.FrameType):
         return None, []
-    if isinstance(value, _Names):
-        return value.now(), [(name, item) for name, item in value.now().items()]
+    if isinstance(value, Names):
+        return value.now(), [(join(path, name), item) for name, item in value.now().items()]
     if isinstance(value, types.CellType):
         try:
             return (value.cell_contents,), [(path, value.cell_contents)]
         except ValueError:  # not filled yet
             return None, []
-    if isinstance(value, type) and not _is_library(value.__module__):
-        return {key: item for key, item in vars(value).items() if not key.startswith("__")}, _inside(value, path)
-    return None, _inside(value, path)
+    if isinstance(value, type) and not is_installed(value.__module__):
+        return {key: item for key, item in vars(value).items() if not key.startswith("__")}, inside(value, path)
+    return None, inside(value, path)
 
 
-class _Names:
-    """The names of its module that a function reads."""
-
-    def __init__(self, function: types.FunctionType) -> None:
-        names = set(function.__code__.co_names)
-        for constant in function.__code__.co_consts:
-            if isinstance(constant, types.CodeType):
-                names |= set(constant.co_names)
-        self._globals = function.__globals__
-        self._names = sorted(name for name in names if name in self._globals)
-
-    def now(self) -> dict[str, Any]:
-        return {name: self._globals[name] for name in self._names if name in self._globals}
-
-    def put_back(self, contents: dict[str, Any]) -> None:
-        self._globals.update(contents)
-
-
-def _inside(value: Any, path: str) -> list[tuple[str, Any]]:
-    if isinstance(value, types.FunctionType):
-        return [] if _is_library(value.__module__) else _of_function(value, path)
-    if isinstance(value, types.MethodType):
-        return [(path, value.__self__), (path, value.__func__)]
-    if isinstance(value, type):
-        if _is_library(value.__module__):
-            return []
-        return [(_join(path, key), item) for key, item in vars(value).items() if not key.startswith("__")]
-    if isinstance(value, staticmethod | classmethod):
-        return [(path, value.__func__)]
-    if isinstance(value, property):
-        return [(path, value.fget)]
-    kind = type(value)
-    found: list[tuple[str, Any]] = []
-    if hasattr(value, "func") and hasattr(value, "keywords"):
-        found += [(path, value.func), (path, value.args), (path, value.keywords)]
-    known = isinstance(value, nn.Module) or not _is_library(kind.__module__) or _is_ours(kind)
-    if not known:
-        return found
-    if hasattr(value, "__dict__"):
-        found.append((path, vars(value)))
-    for cls in kind.__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        names = [slots] if isinstance(slots, str) else slots
-        found += [(_join(path, name), getattr(value, name)) for name in names if hasattr(value, name)]
-    found += [(path, cls) for cls in kind.__mro__ if not _is_library(cls.__module__)]
-    return found
-
-
-def _of_function(function: types.FunctionType, path: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = [(path, item) for item in function.__defaults__ or ()]
-    if function.__dict__:
-        found.append((path, function.__dict__))
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    found += [(_join(path, name), cell) for name, cell in cells]
-    return [*found, (path, _Names(function))]
-
-
-def _is_library(module: str | None) -> bool:
-    return (module or "builtins").split(".")[0] in _LIBRARIES
-
-
-def _is_ours(kind: type) -> bool:
-    """Objectives of this package hold the user's loss; nothing else of the package is looked into."""
-    return kind.__module__.startswith(("trainer.recipes.", "trainer.gradient.objective", "trainer.gradient.model_loss"))
+def _plain(value: dict[Any, Any]) -> type[dict[Any, Any]]:
+    """The class whose methods read and write a dict as it is, whatever its own class makes of them."""
+    return OrderedDict if isinstance(value, OrderedDict) else dict
 
 
 def _values_of(tensor: Tensor) -> _Values | None:
@@ -236,9 +176,11 @@ def _put_back(value: Any, contents: Any) -> None:
             contents.gradient.data.copy_(contents.gradient_copy)
         value.grad = contents.gradient
     elif isinstance(value, dict):
-        if len(value) != len(contents) or any(key not in value or value[key] is not contents[key] for key in contents):
-            value.clear()
-            value.update(contents)
+        if _differs_from(value, contents):
+            plain = _plain(value)
+            plain.clear(value)
+            for key, item in contents.items():
+                plain.__setitem__(value, key, item)
     elif isinstance(value, list):
         value[:] = contents
     elif isinstance(value, deque):
@@ -249,7 +191,7 @@ def _put_back(value: Any, contents: Any) -> None:
         value.update(contents)
     elif isinstance(value, bytearray):
         value[:] = contents
-    elif isinstance(value, _Names):
+    elif isinstance(value, Names):
         value.put_back(contents)
     elif isinstance(value, types.CellType):
         value.cell_contents = contents[0]
@@ -277,12 +219,12 @@ def _differs(held: _Held) -> bool:
     if isinstance(contents, _Values):
         return bool(value.dtype == contents.copy.dtype and not torch.equal(value.data, contents.copy))
     if isinstance(value, dict):
-        return len(value) != len(contents) or any(value.get(key, held) is not item for key, item in contents.items())
+        return _differs_from(value, contents)
     if isinstance(value, list | deque):
         return len(value) != len(contents) or any(a is not b for a, b in zip(value, contents, strict=True))
     if isinstance(value, set | bytearray):
         return bool(value != contents)
-    if isinstance(value, _Names):
+    if isinstance(value, Names):
         return any(value.now().get(name, held) is not item for name, item in contents.items())
     if isinstance(value, types.CellType):
         return value.cell_contents is not contents[0]
@@ -291,7 +233,6 @@ def _differs(held: _Held) -> bool:
     return False
 
 
-def _join(path: str, key: Any) -> str:
-    if key in ("_parameters", "_buffers", "_modules", "__dict__"):
-        return path
-    return f"{path}.{key}" if path else str(key)
+def _differs_from(value: dict[Any, Any], contents: dict[Any, Any]) -> bool:
+    now = _plain(value).get
+    return len(value) != len(contents) or any(now(value, key, contents) is not item for key, item in contents.items())

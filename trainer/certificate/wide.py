@@ -55,7 +55,7 @@ class Wide(TorchFunctionMode):
 
 
 @contextmanager
-def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(holder, name)
     setattr(holder, name, value)
     try:
@@ -91,8 +91,8 @@ def without_checkpointing(used: Used | None = None) -> Iterator[None]:
             return function(*inputs)
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(checkpoint, "_checkpoint_without_reentrant_generator", at_once))
-        stack.enter_context(_replaced(checkpoint, "CheckpointFunction", Reentrant))
+        stack.enter_context(replaced(checkpoint, "_checkpoint_without_reentrant_generator", at_once))
+        stack.enter_context(replaced(checkpoint, "CheckpointFunction", Reentrant))
         yield
 
 
@@ -108,8 +108,8 @@ def without_hooks(used: Used | None = None) -> Iterator[None]:
         return None
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(torch.autograd.graph.saved_tensors_hooks, "__enter__", enter))
-        stack.enter_context(_replaced(torch.autograd.graph.saved_tensors_hooks, "__exit__", leave))
+        stack.enter_context(replaced(torch.autograd.graph.saved_tensors_hooks, "__enter__", enter))
+        stack.enter_context(replaced(torch.autograd.graph.saved_tensors_hooks, "__exit__", leave))
         yield
 
 
@@ -126,8 +126,8 @@ def without_autocast(used: Used | None = None) -> Iterator[None]:
         return None
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(torch.amp.autocast_mode.autocast, "__enter__", enter))
-        stack.enter_context(_replaced(torch.amp.autocast_mode.autocast, "__exit__", leave))
+        stack.enter_context(replaced(torch.amp.autocast_mode.autocast, "__enter__", enter))
+        stack.enter_context(replaced(torch.amp.autocast_mode.autocast, "__exit__", leave))
         yield
 
 
