@@ -33,7 +33,16 @@ def test_every_event_is_a_line_that_reads_back_exactly(tmp_path: Path) -> None:
         "terms": {"loss": 1 / 3},
         "weight": 64.0,
         "grad_norm": 1.5,
+        "grad_norm_after": 1.5 * 0.75,
         "clip_factor": 0.75,
+        "window": {
+            "micro_batches": 2,
+            "rows": 64,
+            "tokens": 0,
+            "divisor": 64.0,
+            "backward_calls": 0,
+            "reductions": 0,
+        },
         "loss_scale": None,
         "lr": 1e-3,
         "skipped": False,
@@ -65,7 +74,8 @@ def test_what_is_not_finite_is_null_with_a_note(tmp_path: Path) -> None:
     step, evaluation = lines(metrics.path)
     assert (step["loss"], step["grad_norm"], step["weight"]) == (None, None, 64.0)
     assert step["terms"] == {"fit": None, "energy": None}
-    assert step["nonfinite"] == {"loss": "nan", "terms.fit": "inf", "terms.energy": "-inf", "grad_norm": "nan"}
+    nan = {"loss": "nan", "grad_norm": "nan", "grad_norm_after": "nan"}
+    assert step["nonfinite"] == nan | {"terms.fit": "inf", "terms.energy": "-inf"}
     assert evaluation["metrics"] == {"loss": None, "accuracy": 1.0}
     assert evaluation["nonfinite"] == {"metrics.loss": "nan"}
 
@@ -147,3 +157,17 @@ def test_a_step_before_the_start_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="is not open"):
         Metrics(tmp_path).step(logged.report(1), 0.1)
     Metrics(tmp_path).stop(logged.stop(0))
+
+
+def test_groups_that_are_clipped_each_by_itself_are_in_the_line(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path)
+    metrics.start(logged.start())
+    report = logged.report(1)
+    report._groups = {"0": (torch.tensor(3.0), torch.tensor(0.5)), "others": (1.0, 1.0)}
+    metrics.step(report, 0.1)
+    metrics.stop(logged.stop(1))
+    (step,) = lines(metrics.path)
+    assert step["groups"] == {
+        "0": {"grad_norm": 3.0, "clip_factor": 0.5},
+        "others": {"grad_norm": 1.0, "clip_factor": 1.0},
+    }

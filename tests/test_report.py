@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from trainer.gradient.report import Report
+from trainer.gradient.report import Report, Trace
 
 
 def report(weights: dict[str, object], coefficients: dict[str, float] | None = None) -> tuple[Report, list[int]]:
@@ -41,3 +41,23 @@ def test_tensors_become_numbers_and_a_reason_is_there_only_for_a_skip() -> None:
     found._skipped = torch.tensor(1.0)
     assert found.reason == "because"
     assert repr(found) == "Report(loss=7, weight=1, grad_norm=3, skipped: because)"
+
+
+def test_the_norm_after_is_that_of_what_was_left_times_the_clip_factor() -> None:
+    found, _ = report({"a": 1.0, "b": 1.0})
+    assert found.grad_norm_after is None
+    found._grad_norm = torch.tensor(3.0)
+    assert found.grad_norm_after == 3.0
+    found._clip_factor = torch.tensor(0.5)
+    assert found.grad_norm_after == 1.5
+    found._norm_after = torch.tensor(2.0)  # a transform has changed it before
+    assert found.grad_norm_after == 1.0
+    found._skipped = torch.tensor(1.0)
+    assert found.grad_norm_after is None
+
+
+def test_the_divisor_goes_by_the_reduction_and_counts_come_from_the_trace() -> None:
+    for reduction, divisor in (("mean", 4.0), ("sum", 1.0), ("micro_batches", 2.0)):
+        found = Report(dict, {"a": torch.tensor(4.0)}, {}, (2, 8, 0), None, reduction, Trace(3, 3, 2, 1))
+        assert (found.divisor, found.backward_calls, found.reductions) == (divisor, 3, 2)
+    assert (report({"a": 1.0, "b": 1.0})[0].backward_calls, report({"a": 1.0, "b": 1.0})[0].reductions) == (0, 0)

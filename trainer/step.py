@@ -9,6 +9,7 @@ On the CPU both are read, which costs nothing there; elsewhere both stay on the 
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clipping import Clipping, Measured
 from trainer.gradient.clocks import Clocks
+from trainer.gradient.invariants import check
 from trainer.gradient.narrow import Narrow
 from trainer.gradient.objective import Objective, as_objective, terms_of
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.over_ranks import reducer_for, why
 from trainer.gradient.parameters import Trained
 from trainer.gradient.precision import autocast, check_precision
-from trainer.gradient.report import Number, Report
+from trainer.gradient.report import Number, Report, Trace
 from trainer.gradient.scaler import loss_scale_for, reason_on_device
 from trainer.gradient.transforms.chain import Transform, Transforms
 from trainer.gradient.verdict import Inspector
@@ -101,6 +103,7 @@ class Step:
         self._aside: Aside = []
         self._expected: dict[str, float] = {}
         self._moving = False
+        self._trace = Trace()
         self.after_backward: list[Callable[[OpenWindow, list[Tensor]], None]] = []
         """Instruments (`trainer.diagnose`): called with the window and the roots when a micro-batch is done."""
 
@@ -159,12 +162,16 @@ class Step:
                 seeds.append(seed)
             else:
                 backward_apart(term.value, seed, self.parameters.by_name, apart)
+                self._trace.values += 1
+                self._trace.backward_calls += 1
         if roots:
             try:
                 kernels.backward(tuple(roots), tuple(seeds), self.parameters.inputs, False)  # backward, accumulate
             except RuntimeError as error:
                 explain(error, self._as_it_was(micro_batch), tuple(roots))
                 raise
+            self._trace.values += len(roots)
+            self._trace.backward_calls += 1
         open_.count(micro_batch)
         for look in self.after_backward:
             look(open_, roots)
@@ -194,7 +201,7 @@ class Step:
             raise ConfigError("gradient() came without an open window: call accumulate(micro_batch) before it.")
         self._open.check_whole()
         if self._reducer is not None:
-            self._reducer.close(self._open, self.parameters)
+            self._reducer.close(self._open, self.parameters, self._trace)
         gradients = self.parameters.gradients()
         norms.scale(list(gradients.values()), self._unscale(self._open, gradients))
         return {name: gradient.clone() for name, gradient in self.parameters.gradients().items()}
@@ -204,7 +211,7 @@ class Step:
     def _begin(self, window: Sequence[Any] | None) -> OpenWindow:
         self._check_whole()
         self.parameters.refresh()
-        self._open = self._window(window)
+        self._open, self._trace = self._window(window), Trace()
         self._buffers.keep()
         self._clipping.refresh()
         self._narrow.follow()
@@ -218,7 +225,8 @@ class Step:
     def _finish(self, open_: OpenWindow, norm_wanted: bool) -> Report:
         settings = self.settings
         if self._reducer is not None:
-            self._reducer.close(open_, self.parameters)  # all_reduce
+            self._reducer.close(open_, self.parameters, self._trace)  # all_reduce
+        check(self._trace, open_, self.ranks.world_size)
         if settings.coefficients and not self.clocks.windows:
             open_.check_coefficients()
         gradients = self.parameters.gradients()
@@ -232,7 +240,8 @@ class Step:
         measured = self._clipping.measure(gradients, self.parameters.by_name) if wanted else None
         norm = None if measured is None else measured.whole
         bad = self._inspector(open_, list(gradients.values()), factor, norm, by_norm)  # inspect
-        report = Report(open_.means, open_.weights(), settings.coefficients, open_.size(), self._scale.shown)
+        sums = open_.means, open_.weights(), settings.coefficients, open_.size()
+        report = Report(*sums, self._scale.shown, settings.reduction, self._trace)
         report._grad_norm = None if norm is None else norm * factor
         if self._is_watched:
             report._clocks, report._lr = self.clocks.snapshot(), self.rates.now()
@@ -382,7 +391,11 @@ class Step:
         window = None
         if self._open is not None:
             self._open.check_whole()
-            window = {"sums": self._open.state_dict(), "buffers": self._buffers.state_dict()}
+            window = {
+                "sums": self._open.state_dict(),
+                "buffers": self._buffers.state_dict(),
+                "trace": asdict(self._trace),
+            }
         return {
             "clocks": self.clocks.state_dict(),
             "skips_in_a_row": int(self.skips_in_a_row),
@@ -421,6 +434,7 @@ class Step:
         if window is not None:
             self._open = self._window(None)
             self._open.load_state_dict(window["sums"])
+            self._trace = Trace(**window["trace"])
             self._buffers.load_state_dict(window["buffers"])
             if self.settings.zero_grad == "never":
                 self._aside = saved.load(state["aside"], own)

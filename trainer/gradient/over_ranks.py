@@ -19,7 +19,7 @@ from trainer.gradient.objective import MEAN
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.opening import Opening, Summed
 from trainer.gradient.parameters import Trained
-from trainer.gradient.report import FREE_READS, Number, Report
+from trainer.gradient.report import FREE_READS, Number, Report, Trace
 from trainer.gradient.term_facts import FACTS, NOTHING, TermFacts, gathered, here, leftover, settle
 from trainer.gradient.term_sum import TermSum
 from trainer.gradient.weigher import Weigher
@@ -37,6 +37,7 @@ class Reducer:
     Attributes:
         stop: what this rank asks of all at the window's end (0: nothing); a small whole number.
         stops: what every rank asked at the last window's end.
+        trace: of the last window; the sums of its gradient are counted in it.
     """
 
     def __init__(self, ranks: Ranks, settings: GradientSettings, weigher: Weigher, device: torch.device) -> None:
@@ -53,6 +54,7 @@ class Reducer:
         self._wrong: list[str] = []
         self.bad_ranks: Tensor | None = None
         self.stop = 0
+        self.trace = Trace()
         self.stops: list[int] = [0] * ranks.world_size
 
     def open(self, drawn: Sequence[Any] | None, expected: dict[str, float], parameters: Trained) -> Opening:
@@ -62,7 +64,7 @@ class Reducer:
             drawn = None  # then nothing is divided
         return Opening(self._ranks, self._weigher, drawn, expected, self._settings.reduction, layout, self._device)
 
-    def close(self, window: OpenWindow, parameters: Trained) -> None:
+    def close(self, window: OpenWindow, parameters: Trained, trace: Trace) -> None:
         """Sum the window over ranks: its gradients in `.grad`, its terms, its size, its verdict.
 
         Raises, on every rank, ObjectiveError for terms and GradientError for gradients that do not go together.
@@ -70,6 +72,7 @@ class Reducer:
         opening = window.opening
         if opening is None:
             return
+        self.trace = trace
         opening.arrive()
         gradients = parameters.gradients()
         local = here(window, opening, gradients)
@@ -86,6 +89,7 @@ class Reducer:
             arrived = self._ranks.sum_later(host)
             buckets.head.copy_(self._on_device(window, gradients, sums))
         buckets.send(self._ranks, sent)
+        self.trace.reductions += 1
         head = buckets.receive_head()
         if arrived is not None:
             arrived()
@@ -93,12 +97,14 @@ class Reducer:
 
         present, sparse = self._present(facts, layout)
         summed = buckets.receive(sent, {name for name in dense if name in present})
+        self.trace.extra_reductions = len(sparse)
         for name in sorted(sparse):
             summed[name] = self._sum_sparse(parameters.by_name[name], gradients.get(name))
         for name, parameter in parameters.by_name.items():
             if name in summed:
                 parameter.grad = summed[name]
         for name in self._take(window, opening, facts, head, local):
+            self.trace.extra_reductions += 1
             self._sum_apart(window.terms[name], parameters)
         window.settle()
 
@@ -242,6 +248,7 @@ class Reducer:
             )
         summed = gradient.detach().coalesce()
         self._ranks.sum_later(summed)()
+        self.trace.reductions += 1
         return summed.coalesce()
 
     def _sum_apart(self, sums: TermSum, parameters: Trained) -> None:
@@ -257,6 +264,7 @@ class Reducer:
         layout = self._layout(parameters)
         buckets = self._buckets_for(parameters, layout, [name for name in layout if name not in self._sparse])
         buckets.send(self._ranks, own)
+        self.trace.reductions += 1
         buckets.receive_head()
         sums.apart = buckets.receive(own, wanted)
 

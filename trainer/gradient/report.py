@@ -1,6 +1,7 @@
 """What happened in one step. Numbers stay tensors on their device until somebody reads them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -8,6 +9,22 @@ Number = float | Tensor
 
 FREE_READS = {"cpu"}
 """The types of device where reading a number waits for nothing. Numbers are floats there, tensors elsewhere."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What was done for one window on this rank: counts that the host has anyway.
+
+    - `backward_calls`: calls of backward.
+    - `values`: losses that went through them.
+    - `reductions`: sums of its gradient over ranks; of them `extra_reductions` for gradients that are sparse or belong
+      to a term of another divisor.
+    """
+
+    backward_calls: int = 0
+    values: int = 0
+    reductions: int = 0
+    extra_reductions: int = 0
 
 
 class Report:
@@ -24,6 +41,9 @@ class Report:
     - `clip_factor`: what the gradient was multiplied with by `clip_norm`; None where that is off.
     - `group_norms`, `group_clip_factors`: the same two of each parameter group with a `clip_norm` of its own, by its
       number, and of the `others` where the toggle bounds them; empty where no group has one.
+    - `divisor`: what the summed gradient was divided by: the weight, 1 or the number of micro-batches, by `reduction`
+      (of the first term where they differ).
+    - `backward_calls`, `reductions`: of this rank; a reduction is a sum of the gradient over ranks.
     - `loss_scale`: what backward's seeds were multiplied with; None unless in fp16. `overflowed`: whether the step was
       skipped because of it.
     - `skipped`, `reason`: whether the step was not taken, and the sentence that says why.
@@ -35,7 +55,7 @@ class Report:
 
     __slots__ = (
         "_clip_factor", "_clocks", "_diverged", "_grad_norm", "_groups", "_loss", "_loss_scale", "_lr", "_norm_after",
-        "_overflowed", "_reason", "_skipped", "_terms", "_weights", "coefficients", "measured",
+        "_overflowed", "_reason", "_reduction", "_skipped", "_terms", "_trace", "_weights", "coefficients", "measured",
         "micro_batches", "rows", "tokens",
     )  # fmt: skip
 
@@ -46,11 +66,15 @@ class Report:
         coefficients: dict[str, float],
         size: tuple[int, int, int],
         loss_scale: Number | None = None,
+        reduction: str = "mean",
+        trace: Trace | None = None,
     ) -> None:
         self._terms: Callable[[], dict[str, float]] | dict[str, float] = terms
         self._weights = weights
         self.coefficients = coefficients
         self.micro_batches, self.rows, self.tokens = size
+        self._reduction = reduction
+        self._trace = trace
         self._loss: float | None = None
         self._grad_norm: Number | None = None
         # Where something but `clip_factor` changed the gradient: its norm without that factor.
@@ -89,6 +113,20 @@ class Report:
     @property
     def weight(self) -> float:
         return float(next(iter(self._weights.values()), 0.0))
+
+    @property
+    def divisor(self) -> float:
+        if self._reduction == "mean":
+            return self.weight
+        return float(self.micro_batches) if self._reduction == "micro_batches" else 1.0
+
+    @property
+    def backward_calls(self) -> int:
+        return 0 if self._trace is None else self._trace.backward_calls
+
+    @property
+    def reductions(self) -> int:
+        return 0 if self._trace is None else self._trace.reductions
 
     @property
     def grad_norm(self) -> float | None:

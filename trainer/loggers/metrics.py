@@ -2,7 +2,9 @@
 
 Lines are of four kinds, told apart by "event"; each has all clocks under their own names ("steps": 12, …):
 
-- "step": loss, terms, weight, grad_norm, clip_factor, loss_scale (fp16), lr, skipped, reason, seconds (since the start)
+- "step": loss, terms, weight, grad_norm, grad_norm_after, clip_factor, loss_scale (fp16), lr, skipped, reason, seconds
+  (since the start), and "window": what it held (micro_batches, rows, tokens), its divisor, the calls of backward and
+  the reductions over ranks; "groups" where parameter groups are clipped each by itself
 - "skip": the same without seconds
 - "found": text, a sentence about the gradient that is said once
 - "evaluation": metrics (with the loss as "loss"), evaluated_rows, grad_mode, best, seconds (that it took)
@@ -135,13 +137,30 @@ def _facts(event: str, report: Report) -> dict[str, Any]:
         "terms": report.terms,
         "weight": report.weight,
         "grad_norm": report.grad_norm,
+        "grad_norm_after": report.grad_norm_after,
         "clip_factor": report.clip_factor,
         "loss_scale": report.loss_scale,
         "lr": report.lr,
         "skipped": report.skipped,
         "reason": report.reason,
+        "window": {
+            "micro_batches": report.micro_batches,
+            "rows": report.rows,
+            "tokens": report.tokens,
+            "divisor": report.divisor,
+            "backward_calls": report.backward_calls,
+            "reductions": report.reductions,
+        },
+        **_groups(report),
         **({"measured": report.measured} if report.measured else {}),
     }
+
+
+def _groups(report: Report) -> dict[str, Any]:
+    """Norm and clip factor of each parameter group that is clipped by itself."""
+    factors = report.group_clip_factors
+    found = {name: {"grad_norm": n, "clip_factor": factors[name]} for name, n in report.group_norms.items()}
+    return {"groups": found} if found else {}
 
 
 def _finite(facts: dict[str, Any]) -> dict[str, Any]:
