@@ -31,6 +31,11 @@ MAKERS: dict[str, Make] = {
     "adam capturable": lambda groups: Adam(groups, lr=0.01, capturable=True, fused=True),
     "adamw": lambda groups: AdamW(groups, lr=0.01, fused=True),
     "adamw maximize": lambda groups: AdamW(groups, lr=0.01, eps=1e-4, maximize=True, fused=True),
+    "adagrad": lambda groups: Adagrad(groups, lr=0.05, fused=True),
+    "adagrad decay": lambda groups: Adagrad(
+        groups, lr=0.05, lr_decay=0.01, weight_decay=0.02, initial_accumulator_value=0.1, eps=1e-6, fused=True
+    ),
+    "adagrad maximize": lambda groups: Adagrad(groups, lr=0.05, maximize=True, fused=True),
     "adamw tensor betas": lambda groups: AdamW(groups, lr=0.01, betas=_tensor_betas(), fused=True),
 }
 
@@ -364,7 +369,7 @@ def test_plain_fused_optimizers_are_updated_directly(name: str) -> None:
     [
         lambda p: Halved(p, fused=True),
         lambda p: Bare(p, fused=True),
-        lambda p: Adagrad(p, fused=True),
+        lambda p: torch.optim.RMSprop(p),
         lambda p: AdamW(p),
         lambda p: AdamW(p, foreach=True),
         lambda p: SGD(p, lr=0.1, fused=False),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 _ENGINE = torch.autograd.Variable._execution_engine
@@ -71,7 +71,7 @@ def has_hooks(optimizer: Optimizer) -> bool:
 def can_update_directly(optimizer: Optimizer) -> bool:
     """Whether `update_directly` may stand for `optimizer.step()`: nothing of the caller's would be passed over."""
     kind = type(optimizer)
-    if kind not in (Adam, AdamW, SGD):
+    if kind not in _KERNELS:
         return False
     return (
         _as_written(kind) in _STEPS
@@ -86,7 +86,7 @@ def _as_written(kind: type[Optimizer]) -> Any:
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
-_STEPS = (_as_written(Adam), _as_written(SGD))  # AdamW has Adam's
+_STEPS = (_as_written(Adam), _as_written(SGD), _as_written(Adagrad))  # AdamW has Adam's
 
 
 def fused_skips_elements(kind: type, parameter: Tensor) -> bool:
@@ -112,7 +112,7 @@ def update_directly(optimizer: Optimizer, scale: Tensor | None) -> bool:
                 return False
             calls.append((group, lists))
     for group, lists in calls:
-        (_sgd if type(optimizer) is SGD else _adam)(group, lists, scale)
+        _KERNELS[type(optimizer)](group, lists, scale)
         mark_changed(lists[0])
     return True
 
@@ -161,6 +161,9 @@ def _gather(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[Tensor], 
                 if buffer is None:
                     return None
                 first.append(buffer)
+            elif "sum" in state:
+                first.append(state["sum"])
+                steps.append(state["step"])
             else:
                 first.append(state["exp_avg"])
                 second.append(state["exp_avg_sq"])
@@ -190,11 +193,7 @@ def _sgd(group: dict[str, Any], lists: tuple[list[Tensor], ...], scale: Tensor |
 
 def _adam(group: dict[str, Any], lists: tuple[list[Tensor], ...], scale: Tensor | None) -> None:
     parameters, gradients, averages, squares, steps = lists
-    device = steps[0].device
-    one = _ONES.get(device)
-    if one is None:
-        one = _ONES[device] = torch.ones((), device=device)
-    torch._foreach_add_(steps, [one] * len(steps))
+    _count(steps)
     kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     beta1, beta2 = group["betas"]
     kernel(
@@ -214,6 +213,40 @@ def _adam(group: dict[str, Any], lists: tuple[list[Tensor], ...], scale: Tensor 
         grad_scale=scale,
         found_inf=None,
     )
+
+
+def _adagrad(group: dict[str, Any], lists: tuple[list[Tensor], ...], scale: Tensor | None) -> None:
+    parameters, gradients, sums, _, steps = lists
+    _count(steps)
+    torch._fused_adagrad_(
+        parameters,
+        gradients,
+        sums,
+        steps,
+        lr=group["lr"],
+        lr_decay=group["lr_decay"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+        grad_scale=scale,
+        found_inf=None,
+    )
+
+
+def _count(steps: list[Tensor]) -> None:
+    device = steps[0].device
+    one = _ONES.get(device)
+    if one is None:
+        one = _ONES[device] = torch.ones((), device=device)
+    torch._foreach_add_(steps, [one] * len(steps))
+
+
+_KERNELS: dict[type, Callable[[dict[str, Any], tuple[list[Tensor], ...], Tensor | None], None]] = {
+    Adam: _adam,
+    AdamW: _adam,
+    SGD: _sgd,
+    Adagrad: _adagrad,
+}
 
 
 @contextmanager
