@@ -28,7 +28,7 @@ def words(*line):
 
 
 def test_the_first_word_is_a_verb(here):
-    assert words("") == ["train", "eval", "check", "recipes", "--help", "--version", "--completion"]
+    assert words("") == ["train", "eval", "check", "graph", "recipes", "--help", "--version", "--completion"]
     assert words("ev") == ["eval"] and words("nothing", "") == [] and words() == words("")
     assert words("--completion", "") == ["bash", "zsh", "fish"]
 

@@ -6,7 +6,7 @@ A wrong word is one sentence on stderr and exit code 2, before torch is imported
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,8 @@ def _with_hydra(verb: str, parser: Any, options: Any) -> int:
         elif options.shell_completion:
             hydra_app.complete(hydra, name, options.overrides, tuple(help.VERBS))
         else:
-            jobs = Jobs(verb, options.config_dir, options.config_name, getattr(options, "json", False))
+            flags = {name: getattr(options, name) for name in help.FLAGS.get(verb, ())}
+            jobs = Jobs(verb, options.config_dir, options.config_name, flags)
             loader.check = jobs.check
             if hydra_app.sweeps(loader, name, options.overrides, options.multirun):
                 config, done = hydra_app.multirun(hydra, name, options.overrides, jobs.run)
@@ -132,10 +133,14 @@ class Jobs:
     """The jobs of one command: one, or those of a sweep. One that fails is said at once and hides no other."""
 
     def __init__(
-        self, verb: str, config_dir: Path | None, config_name: str | None = None, as_json: bool = False
+        self,
+        verb: str,
+        config_dir: Path | None,
+        config_name: str | None = None,
+        flags: Mapping[str, Any] | None = None,
     ) -> None:
         self.verb = verb
-        self.as_json = as_json
+        self.flags = dict(flags or {})
         self.code = 0
         self.config_dir = config_dir
         named = ["--config-name", config_name] if config_name else []
@@ -173,12 +178,14 @@ class Jobs:
             config, door = self._read(hydra_app.values(composed))
             from trainer import verbs
 
-            if self.verb == "eval":
-                value = verbs.evaluate(config, door)
-            elif self.verb == "check":
-                code = verbs.check(config, door, self.as_json)
+            if self.verb == "check":
+                code = verbs.check(config, door, **self.flags)
                 self.code = self.code or code
                 return float(code)
+            if self.verb == "graph":
+                return verbs.graph(config, door, **self.flags)
+            if self.verb == "eval":
+                value = verbs.evaluate(config, door)
             else:
                 go_on = self._go_on(config.words, folder, overrides)
                 record.write(folder, config.plain, [*_typed(), *overrides, *self._where], go_on)

@@ -33,6 +33,7 @@ from trainer.step import Step
 
 if TYPE_CHECKING:
     from trainer.certificate import Certificate
+    from trainer.diagnose.graph import Graph
 
 
 class Trainer:
@@ -164,6 +165,14 @@ class Trainer:
         """Hold the next window's gradient, as it is configured here, against the plain reference. Changes nothing."""
         with rng.preserved(), modes.in_train(self.model):
             return self._certify(next(self._feed.windows()))
+
+    def graph(self, every_node: bool = False) -> "Graph":
+        """Draw the autograd graph of the next micro-batch (`trainer.graph`). Changes nothing."""
+        from trainer.diagnose.graph import graph
+
+        with rng.preserved(), modes.in_train(self.model):
+            micro_batch = next(self._feed.windows())[0]
+            return graph(self.model, self.step.objective, micro_batch, every_node=every_node)
 
     def load(self, path: str | Path) -> None:
         """Put the parameters of a checkpoint, a `model.safetensors` or a run's folder into the model."""

@@ -1,14 +1,16 @@
 """What the verbs do once the config is checked. This is where torch is first imported."""
 
-import json
 import math
 import sys
+from json import dumps as encode
 from pathlib import Path
 
 from trainer.config.build import build
 from trainer.config.door import Door
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError, WrongGradientError
+from trainer.loggers.files import make_folder
+from trainer.loggers.tensorboard import write_graph
 
 
 def train(config: RunConfig, door: Door, folder: Path, go_on: str) -> float:
@@ -39,19 +41,37 @@ def evaluate(config: RunConfig, door: Door) -> float:
     return metrics.get(config.settings.best.metric, math.nan)
 
 
-def check(config: RunConfig, door: Door, as_json: bool) -> int:
+def check(config: RunConfig, door: Door, json: bool = False) -> int:
     """Print the certificate of the first window's gradient, as the config has it computed. Returns the exit code."""
     path = _checkpoint(config)
     trainer = build(config, door)
     if path is not None:
         trainer.load(path)
     certificate = trainer.certify()
-    if as_json:
-        sys.stdout.write(json.dumps({"recipe": config.words.recipe, **certificate.as_dict()}) + "\n")
+    if json:
+        sys.stdout.write(encode({"recipe": config.words.recipe, **certificate.as_dict()}) + "\n")
     else:
         what = "one window's gradient as it is configured, against the reference"
         sys.stdout.write(f"{config.words.recipe or 'check'}: {what}\n{certificate}\n")
     return 0 if certificate.passed else WrongGradientError.exit_code
+
+
+def graph(config: RunConfig, door: Door, out: Path | None = None, all: bool = False) -> float:
+    """Draw the first micro-batch's graph, into a file or into the recipe's folder for TensorBoard too.
+
+    Returns how many boxes it has.
+    """
+    drawn = build(config, door).graph(every_node=all)
+    sys.stdout.write(f"{drawn.title}\n")
+    if out is not None:
+        sys.stdout.write(f"  {drawn.save(out)}\n")
+    else:
+        folder = Path("outputs") / (config.words.recipe or "run") / "graph"
+        make_folder(folder)
+        path = drawn.save(folder / "graph.svg")
+        write_graph(folder, drawn.picture)
+        sys.stdout.write(f"  {path}\n  and for TensorBoard's GRAPHS tab: tensorboard --logdir {folder.as_posix()}\n")
+    return float(len(drawn.picture.boxes))
 
 
 def _checkpoint(config: RunConfig) -> Path | None:

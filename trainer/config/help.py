@@ -14,8 +14,12 @@ VERBS = {
     "train": "train a recipe",
     "eval": "evaluate a checkpoint (init=PATH or run=NAME) or a fresh model",
     "check": "certify the gradient of one window before a run: what breaks it is named (exit code 6)",
+    "graph": "draw the autograd graph of one forward: modules, shapes, bytes kept for backward, cuts",
     "recipes": "list the recipes with a line each",
 }
+
+FLAGS = {"check": ("json",), "graph": ("out", "all")}
+"""The words of a verb's own, beside those of Hydra."""
 
 _EXAMPLES = {
     "train": (
@@ -31,6 +35,10 @@ _EXAMPLES = {
         "trainer check recipe=digits",
         "trainer check recipe=conv gradient.accumulation_steps=4",
         "trainer check recipe=digits activation_checkpointing=segments precision=bf16 --json",
+    ),
+    "graph": (
+        "trainer graph recipe=xor_mlp                                            # into outputs/xor_mlp/graph/",
+        "trainer graph recipe=char_lm --out char_lm.dot",
     ),
     "recipes": ("trainer recipes", "trainer recipes --config-dir ."),
 }
@@ -59,6 +67,9 @@ def parser(verb: str | None) -> Parser:
         return made
     if verb == "check":
         made.add_argument("--json", action="store_true", help="the certificate for machines, in one line")
+    if verb == "graph":
+        made.add_argument("--out", type=Path, metavar="PATH", help="where to draw it: a name that ends in .svg or .dot")
+        made.add_argument("--all", action="store_true", help="every node of the graph, and each repeat of a module")
     made.add_argument("--config-name", "-cn", metavar="NAME", help="another root config than train.yaml")
     made.add_argument("--multirun", "-m", action="store_true", help="run each combination of key=a,b key=c,d")
     made.add_argument("--cfg", "-c", choices=["job", "hydra", "all"], help="show the config and stop")

@@ -229,6 +229,18 @@ class TensorBoard:
         self._file.write(record(event.SerializeToString()))
 
 
+def write_graph(folder: Path, picture: Any) -> Path:
+    """A drawn graph (`trainer.diagnose.picture`) as an event file of its own. Returns its path."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    file = _open(folder)
+    for event in (*board.heads(Event, 0, {}), board.graph(Event, picture)):
+        event.wall_time = time.time()
+        file.write(record(event.SerializeToString()))
+    file.close()
+    return file.path
+
+
 def _skips(clocks: dict[str, int]) -> int:
     # Every window ends in a step or in a skip: this count survives a resume.
     return clocks.get("windows", 0) - clocks.get("steps", 0)
