@@ -159,7 +159,7 @@ def test_names_of_terms_and_loggers_are_the_users_to_choose(shipped):
 SENTENCES = [
     (["gradient.clip_nrm=1"], "there is no setting 'gradient.clip_nrm': did you mean 'gradient.clip_norm'?"),
     (["+gradient.clip_nrm=1"], "there is no setting 'gradient.clip_nrm': did you mean 'clip_norm'?"),
-    (["+gradient.foo=1"], "there is no setting 'gradient.foo': choose one of: accumulation_steps, clip_norm"),
+    (["+gradient.foo=1"], "there is no setting 'gradient.foo': choose one of: accumulate_in, accumulation_steps,"),
     (["gradient.clip_norm=-1"], "gradient.clip_norm=-1 is not possible: input should be greater than 0."),
     (["clip_norm=1"], "there is no setting 'clip_norm': did you mean 'gradient.clip_norm'?"),
     (["lr=1"], "there is no setting 'lr': did you mean 'optimizer.lr'?"),
@@ -185,7 +185,7 @@ SENTENCES = [
     (["model.width=???"], "model.width has no value yet (???): write model.width=VALUE."),
     (["foo@bar=3"], "there is no setting 'foo': choose one of:"),
     (["hydra.run.dirr=3"], "there is no setting 'hydra.run.dirr': did you mean 'hydra.run.dir'?"),
-    (["precision=fp16"], "precision='fp16' is not possible"),
+    (["precision=fp17"], "precision='fp17' is not possible"),
     (
         ["activation_checkpointing=budget"],
         "there is no activation_checkpointing 'budget': choose one of: none, segments.",
