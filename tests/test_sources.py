@@ -272,6 +272,83 @@ def test_a_stream_is_cut_by_batch_size_and_leaves_the_generators_alone(untouched
     assert [batch.tolist() for batch in drawn(source)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
+class Numbered(IterableDataset):
+    """A stream that can begin anywhere, in an order of each epoch, with noise from the generators."""
+
+    def __init__(self, count: int, seed: int = 0, epoch: int = 0) -> None:
+        self.count, self.seed, self.epoch = count, seed, epoch
+        self.read: list[int] = []
+
+    def for_epoch(self, seed: int, epoch: int) -> "Numbered":
+        return Numbered(self.count, seed, epoch)
+
+    def from_item(self, index: int):
+        for row in order(self.seed, self.epoch, index, self.count).tolist():
+            self.read.append(row)
+            generator = torch.Generator().manual_seed(row)
+            yield torch.rand(2, generator=generator), row
+
+    def __len__(self) -> int:
+        return self.count
+
+    __iter__ = None
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_stream_that_can_begin_anywhere_does_with_any_number_of_workers(drop_last, untouched) -> None:
+    def source(workers: int):
+        return source_of(Numbered(23), DataSettings(batch_size=3, workers=workers, drop_last=drop_last))
+
+    whole = drawn(source(0), epoch=2)
+    assert source(0).owns_order and source(0).cuts_rows
+    assert source(0).length() == len(whole) == (7 if drop_last else 8)
+    assert torch.equal(torch.cat([batch[1] for batch in whole]), order(7, 2, 0, 23)[: 21 if drop_last else 23])
+    for workers, position in ((0, 5), (1, 0), (2, 3), (4, 0), (4, 6), (0, 8)):
+        assert same(whole[position:], drawn(source(workers), epoch=2, position=position)), (workers, position)
+
+
+def test_a_stream_that_can_begin_anywhere_reads_nothing_that_lies_behind() -> None:
+    class Same(Numbered):
+        def for_epoch(self, seed, epoch):
+            self.seed, self.epoch = seed, epoch
+            return self
+
+    data = Same(12)
+    assert len(drawn(source_of(data, DataSettings(batch_size=3)), position=3)) == 1
+    assert data.read == order(7, 0, 9, 12).tolist()
+
+
+def test_an_iterable_of_micro_batches_that_can_begin_anywhere() -> None:
+    class Batches:
+        def from_item(self, index: int):
+            return iter(range(index, 5))
+
+        def __iter__(self):
+            raise AssertionError("it is asked to begin, not walked")
+
+    source = source_of(Batches(), DataSettings())
+    assert source.owns_order and source.length() is None
+    assert drawn(source, position=3) == [3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_a_dataset_of_its_epoch_gives_the_same_with_any_number_of_workers_from_anywhere(workers) -> None:
+    class Pure(Augmented):
+        def for_epoch(self, seed, epoch):
+            return Pure(self.count, seed, epoch)
+
+        def __getitem__(self, row):
+            generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, row)) % 2**31)
+            return torch.rand(2, generator=generator), row
+
+    whole = drawn(source_of(Pure(11), DataSettings(batch_size=2)), epoch=3)
+    for position in (0, 2, 5):
+        found = drawn(source_of(Pure(11), DataSettings(batch_size=2, workers=workers)), epoch=3, position=position)
+        assert same(whole[position:], found)
+
+
 def test_a_data_loader_is_iterated_as_it_is_and_not_before(untouched) -> None:
     loader = DataLoader(Items(7), batch_size=3)
     source = source_of(loader, DataSettings(batch_size=2))

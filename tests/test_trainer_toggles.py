@@ -12,8 +12,9 @@ import torch
 from runs import MSE, QUIET, bits, error, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.data import Dataset
 
-from trainer import CheckpointError, ConfigError, DivergedError, Sum, Trainer, WrongGradientError
+from trainer import CheckpointError, ConfigError, DataError, DivergedError, Sum, Trainer, WrongGradientError
 from trainer.checkpoint import contents, folder, store
 from trainer.checkpoint.folder import listed
 from trainer.data import order
@@ -556,6 +557,23 @@ def test_check_first_step() -> None:
     with pytest.raises(WrongGradientError, match="WRONG GRADIENT: accumulation_steps in objective"):
         trainer.fit()
     assert hears.steps == []
+
+
+class Hangs(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int):
+        time.sleep(60)
+
+
+@tries("timeout")
+def test_timeout() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = sgd(model.parameters(), lr=0.1)
+    trainer = Trainer(model, MSE, optimizer, data=Hangs(), steps=1, workers=1, timeout=1.5, **QUIET)
+    with pytest.raises(DataError, match=r"data\.timeout=1\.5"):
+        trainer.fit()
 
 
 def test_every_keyword_has_its_test() -> None:

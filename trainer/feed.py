@@ -45,6 +45,7 @@ class Feed:
         self._marked = -1
         self._looked_at: list[int] = []
         self._is_full = False
+        self._drawn_from: Iterator[Any] = iter(())
 
     def start(self) -> None:
         """The run begins or goes on: what was drawn before is not to be taken back."""
@@ -56,8 +57,9 @@ class Feed:
         signals = self._signals
         self._mark()
         signals.waiting = True
-        batches = windows(self._micro_batches(), self._accumulation_steps, self._kind())
+        self._drawn_from = self._micro_batches()
         signals.waiting = False
+        batches = windows(self._drawn_from, self._accumulation_steps, self._kind())
         count = 0
         window = self._first(batches)
         while window is not None:
@@ -95,6 +97,12 @@ class Feed:
     def look(self) -> None:
         """Now and then: find out which generators windows draw from."""
         self._rewind.look()
+
+    def close(self) -> None:
+        """Nothing more is drawn: processes that load data end."""
+        drawn_from, self._drawn_from = self._drawn_from, iter(())
+        if hasattr(drawn_from, "close"):
+            drawn_from.close()
 
     def take_back(self) -> None:
         """The open window was given up: what it drew is drawn again when the run goes on."""

@@ -305,6 +305,7 @@ class Trainer:
 
     def _stop(self, reason: str, keep: Callable[[], None]) -> Stop:
         """Save, and tell the loggers, also where saving fails."""
+        self._feed.close()
         try:
             self._loggers.flush()
             keep()

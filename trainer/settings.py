@@ -117,6 +117,9 @@ class DataSettings:
     shuffle: bool = setting(True, "draw a new order for every epoch")
     drop_last: bool = setting(False, "leave out an epoch's last micro-batch where it is shorter")
     workers: int = setting(0, "processes that load a dataset's items", ge=0)
+    timeout: float | None = setting(
+        600.0, "seconds without a micro-batch from the workers after which the run ends (null: never)", gt=0
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

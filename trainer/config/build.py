@@ -144,7 +144,7 @@ def _of_epochs(config: RunConfig, clock: str, epochs: int, train: Any) -> int | 
     length = source.length()
     if clock == "steps" and length is not None:
         return epochs * math.ceil(length / settings.gradient.accumulation_steps)
-    if clock == "rows" and source.owns_order:
+    if clock == "rows" and source.cuts_rows and length is not None:
         rows = len(train[0]) if isinstance(train, tuple) else len(train)
         return epochs * (rows - rows % settings.data.batch_size if settings.data.drop_last else rows)
     return None

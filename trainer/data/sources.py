@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from trainer import rng
 from trainer.data.items import collate_of, of_epoch
+from trainer.data.iterables import IterableSource, ListSource, PositionedSource, iterable_source
 from trainer.data.order import mixed, order
+from trainer.data.workers import PATIENCE, deaf, watched
 from trainer.errors import ConfigError, DataError
 from trainer.settings import DataSettings
 
@@ -156,10 +158,18 @@ class DatasetSource:
             )
         collate = collate_of(dataset)
         dataset = _Seeded(dataset, mixed(seed, epoch, 2)) if workers else dataset
+        if not workers:
+            return iter(DataLoader(dataset, batch_sampler=batches, generator=generator, collate_fn=collate))
         loader = DataLoader(
-            dataset, batch_sampler=batches, num_workers=workers, generator=generator, collate_fn=collate
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            generator=generator,
+            collate_fn=collate,
+            timeout=PATIENCE,
+            worker_init_fn=deaf,
         )
-        return iter(loader)
+        return watched(loader, self._settings.timeout)
 
 
 class _Seeded(Dataset[Any]):
@@ -176,39 +186,6 @@ class _Seeded(Dataset[Any]):
         rng.seed_all(mixed(self._seed, *rows))
         together = getattr(self._dataset, "__getitems__", None)
         return list(together(rows)) if together else [self._dataset[row] for row in rows]
-
-
-class IterableSource:
-    """Micro-batches in an order that is not the trainer's. Going on inside an epoch replays what lies behind."""
-
-    owns_order = False
-    cuts_rows = False
-
-    def __init__(self, iterable: Iterable[Any], generator: torch.Generator | None = None) -> None:
-        if isinstance(iterable, Iterator):  # asked by its methods: iter() of a DataLoader would start its workers
-            raise ConfigError(
-                f"the data is {type(iterable).__name__}, which can be walked once only: give something that starts "
-                "anew for every epoch (a list, a DataLoader, a class with __iter__)."
-            )
-        self._iterable = iterable
-        self._generator = generator  # of a loader that is the trainer's own
-
-    def length(self) -> int | None:
-        try:
-            return len(self._iterable)  # type: ignore[arg-type]
-        except TypeError:
-            return None
-
-    def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[Any]:
-        if self._generator is not None:
-            self._generator.manual_seed(mixed(seed, epoch, 1))
-        sampler = getattr(self._iterable, "sampler", None)
-        if callable(getattr(sampler, "set_epoch", None)):
-            sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        iterator = iter(self._iterable)
-        for _ in range(position):
-            next(iterator, None)
-        return iterator
 
 
 def source_of(data: Any, settings: DataSettings, evaluation: bool = False) -> Source:
@@ -234,18 +211,17 @@ def source_of(data: Any, settings: DataSettings, evaluation: bool = False) -> So
             f"the data is {type(data).__name__}: give a tuple of tensors, or a dataset whose items are mappings."
         )
     if isinstance(data, IterableDataset):
-        # With a generator of its own, the loader does not draw from the global one.
-        own = torch.Generator()
-        return IterableSource(
-            DataLoader(data, batch_size=batch_size, drop_last=drop_last, num_workers=settings.workers, generator=own),
-            own,
-        )
+        return iterable_source(data, settings, batch_size, drop_last)
     if isinstance(data, DataLoader):
         return IterableSource(data)
     if isinstance(data, Dataset) or (
         hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data)
     ):
         return DatasetSource(data, settings, batch_size, shuffle, drop_last)
+    if _is_batches(data):
+        return ListSource(data)
+    if callable(getattr(data, "from_item", None)):
+        return PositionedSource(data)
     if hasattr(data, "__iter__"):
         return IterableSource(data)
     raise ConfigError(
@@ -254,7 +230,7 @@ def source_of(data: Any, settings: DataSettings, evaluation: bool = False) -> So
     )
 
 
-_SOURCES = (TensorSource, DatasetSource, IterableSource)
+_SOURCES = (TensorSource, DatasetSource, IterableSource, ListSource, PositionedSource)
 
 
 def _is_batches(data: Any) -> bool:
