@@ -3,6 +3,8 @@
 A wrong word is one sentence on stderr and exit code 2, before torch is imported.
 """
 
+import dataclasses
+import json
 import os
 import shlex
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import help
-from trainer.errors import ConfigError, Stopped, TrainerError, did_you_mean
+from trainer.errors import CheckpointError, ConfigError, Stopped, TrainerError, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 USERS_OWN = 1
+DIFFERENT = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +89,30 @@ def _main(words: list[str]) -> int:
             raise ConfigError(f"--config-dir {options.config_dir}: there is no such folder.")
         print("\n".join(help.table(help.recipe_lines(options.config_dir))))
         return 0
+    if verb == "state":
+        return _state(options.overrides, options.json)
     return _with_hydra(verb, parser, options)
+
+
+def _state(words: list[str], as_json: bool) -> int:
+    """Look into one checkpoint, or compare two: 0 whole or equal, 1 they differ, 5 something is damaged."""
+    if len(words) not in (1, 2):
+        raise ConfigError("state looks into one checkpoint or compares two: give it one path or two.")
+    from trainer.checkpoint import compare, look
+
+    if len(words) == 2:
+        found = compare.compare(Path(words[0]), Path(words[1]))
+        apart = found.difference
+        if as_json:
+            print(json.dumps({"equal": apart is None, "difference": apart and dataclasses.asdict(apart)}))
+        else:
+            print(f"{found.what}: {apart}" if apart else f"{found.what}: equal, bit for bit")
+        return 0 if apart is None else DIFFERENT
+    seen = look.look(Path(words[0]))
+    print(json.dumps(seen.values) if as_json else "\n".join(seen.lines), end="\n" if as_json or seen.lines else "")
+    for sentence in seen.errors:
+        print(sentence, file=sys.stderr)
+    return CheckpointError.exit_code if seen.errors else 0
 
 
 def _with_hydra(verb: str, parser: Any, options: Any) -> int:

@@ -135,7 +135,7 @@ def kept(found: Sequence[Listed], last: int | None, best: int, every: int | None
     # Of several at one place in the data (saved, then evaluated, then saved again) the newest counts.
     of_place = {its.clocks.get("micro_batches", its.number): (path, its) for path, its in readable}
     places = sorted(of_place.values(), key=lambda pair: pair[1].number)
-    stay |= {path for path, _ in (places if last is None else places[-last:])}
+    stay |= {path for path, _ in (readable if last is None else places[-last:])}
     if best:
         stay |= {path for path, its in [pair for pair in readable if pair[1].best is not None][-best:]}
     if every is not None:

@@ -10,8 +10,9 @@ from trainer.errors import CheckpointError
 NAME = "run.lock"
 _BYTE = 1 << 30  # Windows locks bytes against reading, so one far behind the text
 
-# What this process holds, by process: a child that is forked inherits the table, but no lock.
-_held: set[tuple[int, str]] = set()
+# What this process holds. By process: a child that is forked inherits the table, but no lock. The files are kept here,
+# as a lock ends when its file is closed, and a Lock that nobody refers to any more would close it.
+_held: dict[tuple[int, str], IO[str]] = {}
 
 
 class Lock:
@@ -23,8 +24,7 @@ class Lock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
-        self._file: IO[str] | None = None
-        self._key = (os.getpid(), "")
+        self._key: tuple[int, str] | None = None
 
     def take(self) -> bool:
         """Make the folder ours. Whether the file system could lock it.
@@ -49,24 +49,24 @@ class Lock:
             raise CheckpointError(
                 f"{self._path.parent} cannot be written to ({error.strerror or error}): give the run another folder."
             ) from None
-        self._file, self._key = file, key
-        _held.add(key)
+        self._key = key
+        _held[key] = file
         return locks
 
     def release(self) -> None:
         """Let others have the folder; in a forked child nothing happens."""
-        if self._file is None or self._key[0] != os.getpid():
+        if self._key is None or self._key[0] != os.getpid():
             return
+        file = _held.pop(self._key)
+        self._key = None
         try:
             if os.name != "nt":
                 self._path.unlink(missing_ok=True)
-            self._file.close()
+            file.close()
             if os.name == "nt":  # it removes nothing that is open
                 self._path.unlink(missing_ok=True)
         except OSError:
             pass  # the folder has gone, or another one has it already
-        self._file = None
-        _held.discard(self._key)
 
 
 def _lock(file: IO[str], folder: Path) -> bool:

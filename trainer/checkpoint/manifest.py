@@ -22,6 +22,7 @@ NAME = "manifest.json"
 STATE = "state.json"
 # The only names that a checkpoint's files can have, so that none leads out of its folder.
 FILES = re.compile(r"state\.json|(model|optimizers|rest|rank-\d{5})\.safetensors")
+LARGEST_STATE = 1 << 27
 _LARGEST = 1 << 22
 _BEFORE, _AFTER = b',\n "sha256": "', b'"\n}\n'
 _END = len(_BEFORE) + 64 + len(_AFTER)

@@ -25,8 +25,6 @@ from trainer.checkpoint import disk, folder, manifest, nested, numbers, strict
 from trainer.checkpoint.manifest import Entry, Manifest
 from trainer.errors import CheckpointError
 
-_LARGEST_STATE = 1 << 27
-
 
 @dataclass(frozen=True)
 class Label:
@@ -102,7 +100,9 @@ def is_same(taken: nested.Snapshot, written: Manifest) -> bool:
 def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote. Raises CheckpointError naming the file that is damaged, or what else it is."""
     written = _manifest_of(path)
-    structure = strict.parsed(manifest.content(path, written, manifest.STATE), path / manifest.STATE, _LARGEST_STATE)
+    structure = strict.parsed(
+        manifest.content(path, written, manifest.STATE), path / manifest.STATE, manifest.LARGEST_STATE
+    )
     tensors = {
         name.removesuffix(".safetensors"): _tensors(path, written, name)
         for name in written.files

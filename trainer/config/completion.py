@@ -121,7 +121,7 @@ def _candidates(before: Sequence[str], current: str) -> list[Word]:
         return []
     if current.startswith("-"):
         return [(flag, str(action.help)) for action in help.parser(verb)._actions for flag in action.option_strings]
-    if verb == "recipes":
+    if verb in ("recipes", "state"):
         return []
     folder, overrides = _read(before[1:])
     key, equals, _ = current.partition("=")

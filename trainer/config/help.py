@@ -15,6 +15,7 @@ VERBS = {
     "eval": "evaluate a checkpoint (init=PATH or run=NAME) or a fresh model",
     "check": "certify the gradient of one window before a run: what breaks it is named (exit code 6)",
     "graph": "draw the autograd graph of one forward: modules, shapes, bytes kept for backward, cuts",
+    "state": "look into a checkpoint and verify it (state PATH), or compare two bit for bit (state A B)",
     "recipes": "list the recipes with a line each",
 }
 
@@ -40,6 +41,11 @@ _EXAMPLES = {
         "trainer graph recipe=xor_mlp                                            # into outputs/xor_mlp/graph/",
         "trainer graph recipe=char_lm --out char_lm.dot",
     ),
+    "state": (
+        "trainer state outputs/digits/mine                                       # all checkpoints of a run",
+        "trainer state outputs/digits/mine/best                                  # one: its clocks, sizes, every byte",
+        "trainer state outputs/digits/mine outputs/digits/other                  # where they part; 0: nowhere",
+    ),
     "recipes": ("trainer recipes", "trainer recipes --config-dir ."),
 }
 
@@ -60,6 +66,10 @@ def parser(verb: str | None) -> Parser:
     made = Parser(prog=f"trainer {verb}" if verb else "trainer", add_help=False, allow_abbrev=False)
     made.add_argument("overrides", nargs="*", help="key=value, +key=value, ~key or group=option")
     made.add_argument("--help", "-h", action="store_true", help="this text")
+    if verb == "state":
+        made.set_defaults(config_dir=None)
+        made.add_argument("--json", action="store_true", help="for machines: one JSON object in place of the lines")
+        return made
     made.add_argument(
         "--config-dir", "-cd", type=Path, metavar="DIR", help="a folder with recipes and groups of your own"
     )
@@ -118,12 +128,12 @@ def about(verb: str, config_dir: Path | None) -> str:
     text = [
         f"trainer {verb}: {VERBS[verb]}",
         "",
-        f"usage: trainer {verb} [overrides] [flags]",
+        f"usage: trainer {verb} {'PATH [PATH]' if verb == 'state' else '[overrides]'} [flags]",
         *(f"  {example}" for example in _EXAMPLES[verb]),
         "",
         *_section("flags", flags),
     ]
-    if verb != "recipes":
+    if verb not in ("recipes", "state"):
         text += [*_section("recipes (recipe=NAME)", recipe_lines(config_dir)), *_keys(config_dir)]
     return "\n".join(text)
 
