@@ -53,7 +53,8 @@ def test_the_first_field_that_differs_and_how_many_more(changes, field, left, ri
 
 
 def test_equal_ones_are_equal_whatever_they_were_made_from(tmp_path, capsys) -> None:
-    one, other = saved(tmp_path / "one"), saved(tmp_path / "other", config={"run": "other", "more": 3})
+    elsewhere = {**STATE["run"], "machine": {"threads": 4}}
+    one, other = saved(tmp_path / "one"), saved(tmp_path / "other", config={"run": "other"}, run=elsewhere)
     assert main(["state", str(one), str(other)]) == 0
     assert "equal, bit for bit" in capsys.readouterr().out
     assert main(["state", str(one), str(other), "--json"]) == 0

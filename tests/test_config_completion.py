@@ -10,7 +10,7 @@ import time
 import pytest
 
 from trainer.cli import main
-from trainer.config import catalogue, completion
+from trainer.config import catalogue, completion, help
 
 MINE = "# @package _global_\ndescription: my own\nmodel: {_target_: my.Net, width: 3}\n"
 
@@ -28,7 +28,7 @@ def words(*line):
 
 
 def test_the_first_word_is_a_verb(here):
-    assert words("") == ["train", "eval", "check", "graph", "recipes", "--help", "--version", "--completion"]
+    assert words("") == [*help.VERBS, "--help", "--version", "--completion"]
     assert words("ev") == ["eval"] and words("nothing", "") == [] and words() == words("")
     assert words("--completion", "") == ["bash", "zsh", "fish"]
 

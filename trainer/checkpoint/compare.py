@@ -1,6 +1,6 @@
 """Two checkpoints, or two runs, bit for bit: the first step and field that differ. No torch here.
 
-The config is not compared: two runs of one computation have different names.
+The config and the machine are not compared: two runs of one computation may have different ones.
 """
 
 import json
@@ -15,6 +15,7 @@ from trainer.errors import CheckpointError
 _LINES = "metrics.jsonl"
 # What a run takes in time is nobody's state.
 _TIMES = ("seconds",)
+_NOT_COMPARED = ("config/", "run/machine/")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _steps(places: dict[tuple[int, int], Any]) -> str:
 def difference(left: Path, right: Path, steps: int | None) -> Difference | None:
     """The first field in which two checkpoints differ. Raises CheckpointError naming a file that is damaged."""
     ours, theirs = (
-        {name: value for name, value in fields(path, manifest.read(path)).items() if not name.startswith("config/")}
+        {name: value for name, value in fields(path, manifest.read(path)).items() if not name.startswith(_NOT_COMPARED)}
         for path in (left, right)
     )
     differing = [
