@@ -164,7 +164,10 @@ def test_the_config_is_shown_whole_in_part_and_resolved(here, capsys):
 
 
 def test_shell_completion_knows_the_verb(here, capsys, monkeypatch):
-    for line, wanted in (("trainer ", "train eval check graph recipes"), ("trainer train recipe=xor_", "recipe=xor_mlp")):
+    for line, wanted in (
+        ("trainer ", "train eval check graph recipes"),
+        ("trainer train recipe=xor_", "recipe=xor_mlp"),
+    ):
         monkeypatch.setenv("COMP_LINE", line)
         assert main(["-sc", "query=bash"]) == 0
         assert capsys.readouterr().out.split("\n")[0] == wanted
