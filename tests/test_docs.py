@@ -22,6 +22,7 @@ from trainer.recipes import xor, xor_mlp
 from trainer import Step, Trainer, supervised
 from trainer.cli import main
 from trainer.data import mixed
+from trainer.gradient.transforms import noise, thaw
 from trainer.optim import adamw, cosine
 from trainer.optim.groups import parameter_groups
 
@@ -111,6 +112,8 @@ def yours() -> dict[str, object]:
         "window": [table.train],
         "parameter_groups": parameter_groups,
         "mixed": mixed,
+        "noise": noise,
+        "thaw": thaw,
         **{"seed": 0, "epoch": 0, "row": 0},
     }
 

@@ -161,8 +161,11 @@ def test_what_stops_inside_a_transform_leaves_everything_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        ({NAMES[0]: torch.zeros(2, 2)}, r"wrong returned a gradient of shape \(2, 2\) for '0.weight', whose shape"),
-        ({NAMES[0]: torch.zeros(5, 3)}, "a gradient of dtype float32 for '0.weight', whose dtype is float64"),
+        (
+            {NAMES[0]: torch.zeros(2, 2)},
+            r"wrong returned a gradient of shape \(2, 2\) for '0.weight', where it must be",
+        ),
+        ({NAMES[0]: torch.zeros(5, 3)}, "a gradient of dtype float32 for '0.weight', where it must be float64"),
         ({NAMES[0]: torch.zeros(5, 3, dtype=torch.float64, device="meta")}, "a gradient of device meta"),
         ({NAMES[0]: 1.0}, "returned float for '0.weight': return a tensor or None"),
         ({"elsewhere": torch.zeros(1)}, "a gradient for 'elsewhere', which is no parameter under training"),
@@ -249,6 +252,26 @@ def test_under_never_the_next_window_adds_to_what_the_transform_left(make: Calla
         assert step(nan_window()).skipped
         assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
         standing = expected
+
+
+def test_parameters_narrower_than_their_gradient_are_shaped_in_the_gradients_width() -> None:
+    seen = []
+
+    def double(gradients: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
+        seen.extend(gradient.dtype for gradient in gradients.values())
+        return {name: 2 * gradient for name, gradient in gradients.items()}
+
+    for masters in (True, False):
+        model = mlp(torch.bfloat16)
+        before = state_of(model)
+        shaping = [double, freeze("0.*"), noise(0.01), centralise(), clip_by_norm(1.0)]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        step = Step(model, MSE, optimizer, transforms=shaping, clip_adaptive=0.5, master_parameters=masters)
+        report = step(cut(rows(7, torch.bfloat16), [4, 3]))
+        assert report.grad_norm_after <= 1.0 + 1e-6
+        moving = {name.split(".")[1] for name in differing(before, state_of(model))}
+        assert moving == {"2", "4"}
+    assert set(seen) == {torch.float32}
 
 
 # Noise.

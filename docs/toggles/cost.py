@@ -8,7 +8,7 @@ the second over that of the first (of what waits for a disk: the time on the wal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter, process_time
 from typing import Any
 
@@ -20,6 +20,7 @@ from trainer.recipes import digits
 from trainer import Step, Trainer, supervised
 from trainer.data import source_of
 from trainer.evaluate import Evaluation
+from trainer.gradient.transforms import centralise, clip_by_norm, freeze, noise
 from trainer.optim import Manual, adamw, cosine, sgd
 from trainer.settings import DataSettings
 
@@ -82,6 +83,11 @@ def steps(
     return run
 
 
+def two_groups(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    first, *others = parameters
+    return adamw([{"params": [first], "clip_norm": 1.0}, {"params": others, "clip_norm": 1.0}])
+
+
 def wide(**settings: Any) -> Callable[[], None]:
     return steps(count=1, size=256, model=deep, wide=True, **settings)
 
@@ -127,6 +133,19 @@ def main() -> None:
         compare(f"zero_grad: {how} over set_to_none", steps(), steps(zero_grad=how))
     compare("clipping: clip_norm over none", steps(), steps(clip_norm=1.0))
     compare("clipping: clip_value over none", steps(), steps(clip_value=1.0))
+    compare("clipping: clip_adaptive over none", steps(), steps(clip_adaptive=0.01))
+    compare("clipping: clip_adaptive over none, deep", wide(), wide(clip_adaptive=0.01))
+    compare("clipping: two groups by norm over none", steps(), steps(make=two_groups))
+    shaping = {
+        "noise": noise(1e-3),
+        "centralise": centralise(),
+        "freeze": freeze("0.*"),
+        "clip_by_norm": clip_by_norm(1),
+    }
+    for name, transform in shaping.items():
+        compare(f"transforms: {name} over none", steps(), steps(transforms=[transform]))
+        compare(f"transforms: {name} over none, deep", wide(), wide(transforms=[transform]))
+    compare("nonfinite: skip_if over none", steps(), steps(skip_if=lambda report: report.grad_norm > 1e9))
     compare("nonfinite: allow over skip", steps(), steps(nonfinite="allow"))
     compare("nonfinite: raise over skip", steps(), steps(nonfinite="raise"))
     compare("activation checkpointing: 4 segments over none, digits", steps(), steps(activation_checkpointing=4))

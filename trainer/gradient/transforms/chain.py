@@ -65,7 +65,7 @@ class Transforms:
         """
         if parameters is not self._bound:
             self._bind(parameters)
-        self._before = copy.deepcopy(self.state_dict())
+        self._before = self.state_dict()
         for transform in self._all:
             shown = dict(gradients)
             changed = transform(shown, report)
@@ -99,8 +99,8 @@ class Transforms:
         self._before = None
 
     def state_dict(self) -> list[Any]:
-        """[name, state] of each transform that has one."""
-        return [[_name(one), one.state_dict()] for one in self._all if hasattr(one, "state_dict")]
+        """[name, state] of each transform that has one: copies, as a checkpoint is written while the next step runs."""
+        return [[_name(one), copy.deepcopy(one.state_dict())] for one in self._all if hasattr(one, "state_dict")]
 
     def check_fit(self, state: Sequence[Any]) -> None:
         """Raises CheckpointError where the saved states are those of other transforms."""
@@ -130,11 +130,12 @@ def _put(name: str, gradient: Any, parameters: Mapping[str, Tensor], transform: 
         return
     if not isinstance(gradient, Tensor):
         raise GradientError(f"{who} returned {type(gradient).__name__} for '{name}': return a tensor or None.")
-    for what in ("shape", "dtype", "device"):
-        own, given = getattr(parameter, what), getattr(gradient, what)
+    fit = {"shape": parameter.shape, "dtype": parameter.grad_dtype or gradient.dtype, "device": parameter.device}
+    for what, own in fit.items():
+        given = getattr(gradient, what)
         if own != given:
             raise GradientError(
-                f"{who} returned a gradient of {what} {_plain(given)} for '{name}', whose {what} is {_plain(own)}."
+                f"{who} returned a gradient of {what} {_plain(given)} for '{name}', where it must be {_plain(own)}."
             )
     gradient = gradient.detach()
     parameter.grad = gradient if gradient.layout is torch.strided else gradient.coalesce()
