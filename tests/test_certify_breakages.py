@@ -101,6 +101,7 @@ BATCH_STATISTICS: dict[str, Callable[[Does, Tensor], Tensor]] = {
     "mixed up": lambda q, x: 0.7 * x + 0.3 * x.flip(0),
     "number of rows": lambda q, x: x * (4 / len(x)),
     "first row": lambda q, x: x - x[:1].detach(),
+    "shuffled at random": lambda q, x: x + 0.1 * x[torch.randperm(len(x))],
     "rank among rows": lambda q, x: x + x.argsort(0).argsort(0).to(x.dtype) / 10,
 }
 

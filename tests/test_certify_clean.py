@@ -471,6 +471,24 @@ def test_bf16_raises_no_false_alarm(make: Callable[[], Task]) -> None:
     passes(make(), precision="bf16")
 
 
+def test_a_model_that_changes_its_input_in_place_raises_no_false_alarm() -> None:
+    class Changes(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    torch.manual_seed(0)
+    task = Task(Changes(nn.Tanh()), MSE, numbers(6), [])
+    before = [x.clone() for x, _ in task.window]
+    passes(task)
+    assert all(torch.equal(x, y) for (x, _), y in zip(task.window, before, strict=True)), "the data is as it was"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_model_of_torchscript_raises_no_false_alarm() -> None:
+    torch.manual_seed(0)
+    passes(flat(torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6).eval(), nn.ReLU()))))
+
+
 # Models of transformers, from configs that make them tiny. Each returns its own loss, so the objective counts what it
 # averaged: labels that are not ignored, less those that a causal model shifts away.
 

@@ -250,6 +250,18 @@ def test_buffers_of_modules_in_a_plain_object_are_put_back() -> None:
     assert differing(before, state_of(*model.parts)) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_buffers_of_a_torchscript_module_are_put_back() -> None:
+    model = torch.jit.script(net())
+    step = Step(model, supervised(nn.MSELoss()), torch.optim.SGD(model.parameters(), lr=0.1))
+    inputs, targets = rows(4, torch.float32)
+    assert not step([(inputs, targets)]).skipped
+    before = state_of(model)
+    assert step([(inputs, targets), (inputs * math.nan, targets)]).skipped
+    assert not differing(before, state_of(model))
+    assert int(model.state_dict()["1.num_batches_tracked"]) == 1
+
+
 def test_batch_norm_counts_a_taken_window_and_not_a_skipped_one() -> None:
     model = net()
     step = Step(model, supervised(nn.MSELoss()), torch.optim.SGD(model.parameters(), lr=0.1))

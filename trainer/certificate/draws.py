@@ -89,7 +89,7 @@ def _in_float32(name: str, named: dict[str, Any], func: Any, args: tuple[Any, ..
         wanted = named.get("dtype")
         if wanted is None:
             wanted = target.dtype if target is not None else torch.get_default_dtype()
-            if name.startswith("randint") and not name.endswith("like"):
+            if name == "randperm" or (name.startswith("randint") and not name.endswith("like")):
                 wanted = torch.int64
         if _is_other(wanted):
             drawn = func(*args, **{**kwargs, "dtype": torch.float32})
@@ -144,7 +144,8 @@ def _neutral(name: str, named: dict[str, Any], func: Any, args: tuple[Any, ...],
         return made.fill_(int(named.get("low", 0)))
     if name == "randperm":
         made = func(*args, **kwargs)
-        return made.copy_(torch.arange(made.numel(), device=made.device))
+        # No mean, but the same for every length, and not in place: rows that are mixed by it must show.
+        return made.copy_(torch.arange(made.numel(), device=made.device).roll(1))
     if name == "multinomial" and target is not None:
         return target.topk(int(named["num_samples"]), dim=-1).indices if not named.get("replacement") else None
     return None

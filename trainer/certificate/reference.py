@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.certificate.batches import CountRows, rows_of
+from trainer.certificate.batches import CountRows, copied, rows_of
 
 Gradient = dict[str, Tensor]
 
@@ -62,7 +62,7 @@ def gradient(
     if len(micro_batches) > 1 or asked.reduction == "micro_batches":
         for one in micro_batches:
             between()
-            weights.append({term.name: term.weight for term in _terms(objective, model, one, asked)})
+            weights.append({term.name: term.weight for term in _terms(objective, model, copied(one), asked)})
         again()
     found = Window({}, [], [])
     for parameter in parameters.values():

@@ -30,7 +30,7 @@ class KeptBuffers:
 
     def __init__(self, model: Any) -> None:
         modules = named_modules(model).items()
-        self._holders = [(prefix, module._buffers, isinstance(module, _NormBase)) for prefix, module in modules]
+        self._holders = [(prefix, _buffers(module), isinstance(module, _NormBase)) for prefix, module in modules]
         self._places: list[tuple[str, dict[str, Tensor | None], str]] = []
         self._held = -1
         self._copies: dict[str, Tensor] = {}
@@ -128,6 +128,12 @@ class KeptBuffers:
             buffer = buffers.get(key)
             if buffer is not None:
                 yield name, buffer
+
+
+def _buffers(module: Any) -> dict[str, Tensor | None]:
+    """The module's own dict. One of TorchScript has none, only a view without `get`; its buffers stay the same."""
+    own = module._buffers
+    return own if isinstance(own, dict) else dict(own.items())
 
 
 def reason(
