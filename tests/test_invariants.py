@@ -98,19 +98,48 @@ def test_writes_are_counted_for_each_parameter() -> None:
     assert set(counts.values()) == {3}  # the hooks are gone
 
 
-def test_a_backward_too_many_or_too_few_is_named() -> None:
-    model = mlp()
-
+@pytest.mark.parametrize("zero_grad", ["set_to_none", "zeros", "never"])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_an_objective_that_calls_backward_itself_is_refused_in_the_first_window(
+    zero_grad: str, keep: bool, late: bool
+) -> None:
     def twice(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
         loss = (m(b[0]) - b[1]).square().mean()
-        loss.backward(retain_graph=True)
+        if not late or len(b[0]) == 4:
+            loss.backward(retain_graph=keep)
         return loss
 
+    model = mlp()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    step = Step(model, twice, sgd(model.parameters()), zero_grad=zero_grad)
+    with pytest.raises(GradientError, match="the objective calls .*backward.* itself: return the total"):
+        step(cut(rows(7), [3, 4]))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_write_too_many_or_too_few_is_named() -> None:
+    model = mlp()
+    again = [True]
+
+    def hooked(value: Tensor) -> None:
+        """Adds to a gradient while backward runs."""
+        if again[0]:
+            again[0] = False
+            with torch.enable_grad():
+                model[0].weight.sum().backward()
+            again[0] = True
+
+    def more(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
+        out = m(b[0])
+        out.register_hook(hooked)
+        return out.square().mean()
+
     def seldom(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
-        return (m(b[0]) if len(b[0]) == 3 else m[:4](b[0].double())[:, :2]).square().mean()
+        return (m(b[0]) if len(b[0]) == 3 else m[:4](b[0])).square().mean()
 
     for objective, sentence in (
-        (twice, "'0.weight' was written 4 times in a window of 2 micro-batches: something runs backward a second time"),
+        (more, "'0.weight' was written 4 times in a window of 2 micro-batches: something runs backward a second time"),
         (seldom, "'4.weight' was written once in a window of 2 micro-batches: some of them do not use it"),
     ):
         step = Step(model, objective, sgd(model.parameters()))

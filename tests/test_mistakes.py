@@ -281,10 +281,11 @@ def test_a_change_that_came_before_the_save_is_not_blamed() -> None:
 # A graph that was walked already.
 
 
-def test_a_backward_in_the_objective() -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_backward_in_the_objective(keep: bool) -> None:
     def objective(model: nn.Module, x: Tensor) -> Tensor:
         loss = model(x).square().mean()
-        loss.backward()  # HERE
+        loss.backward(retain_graph=keep)  # HERE
         return loss
 
     error = sentence(nn.Linear(2, 1), objective)
@@ -408,3 +409,11 @@ def test_nothing_is_left_behind_by_the_second_run() -> None:
         step([ROWS])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_gradient_that_something_else_wrote_during_forward() -> None:
+    def objective(model: nn.Module, x: Tensor) -> Tensor:
+        model.weight.grad = torch.ones_like(model.weight)
+        return model(x).square().mean()
+
+    assert "the gradient of 'weight' was written during forward" in str(sentence(nn.Linear(2, 1), objective))

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from trainer import kernels
 from trainer.activations.segments import segments_for
-from trainer.diagnose.mistakes import Forward, explain, not_connected
+from trainer.diagnose.mistakes import Forward, explain, not_connected, written_in_forward
 from trainer.distributed.ranks import OneProcess, Ranks
 from trainer.errors import ConfigError, DivergedError, GradientError, Paused
 from trainer.gradient import norms, saved, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clipping import Clipping, Measured
 from trainer.gradient.clocks import Clocks
-from trainer.gradient.invariants import check
+from trainer.gradient.invariants import Untouched, check
 from trainer.gradient.narrow import Narrow
 from trainer.gradient.objective import Objective, as_objective, terms_of
 from trainer.gradient.open_window import OpenWindow
@@ -148,7 +148,10 @@ class Step:
             open_.join(window)
         open_.enter()
 
+        untouched = None if self.clocks.windows else Untouched(self.parameters.by_name)
         terms = terms_of(self._forward(micro_batch), self.objective)  # forward
+        if untouched is not None and (name := untouched.written()):
+            raise written_in_forward(name, self._as_it_was(micro_batch))
         roots, seeds = [], []
         for term in terms:
             seed = open_.seed(term, micro_batch, alone=len(terms) == 1)  # scale

@@ -185,15 +185,31 @@ def _maker_of_node(trace: Trace, node: Any) -> Call | None:
     return next((call for call in trace.calls if node in call.nodes), None)
 
 
+def written_in_forward(name: str, forward: Forward) -> GradientError:
+    """The sentence for a parameter whose gradient was written while forward ran."""
+    trace, _ = forward.again()
+    own = next((call for call in trace.calls if call.name == "backward"), None)
+    if own is not None:
+        return _calls_backward(own)
+    return GradientError(
+        f"the gradient of '{name}' was written during forward, and the step would count it as its own: return the "
+        "total and leave backward to the step."
+    )
+
+
+def _calls_backward(call: Call) -> GradientError:
+    return GradientError(
+        f"the objective calls {call} itself: return the total and leave backward to the step, which would walk the "
+        "same graph again (retain_graph=True would only add the gradient twice)."
+    )
+
+
 def _walked_twice(forward: Forward) -> GradientError:
     held = dict(_by_id(held_by({"model": forward.model, "objective": forward.objective})))
     trace, _ = forward.again()
     own = next((call for call in trace.calls if call.name in ("backward", "grad")), None)
     if own is not None:
-        return GradientError(
-            f"the objective calls {own} itself: return the total and leave backward to the step, which would walk the "
-            "same graph again (retain_graph=True would only add the gradient twice)."
-        )
+        return _calls_backward(own)
     behind = "part of the objective's answer belongs to the graph of an earlier micro-batch, which backward has freed"
     to_do = "detach() what is carried over from one micro-batch to the next"
     made: set[int] = set()

@@ -1,7 +1,7 @@
 """What must hold of every window, whatever the model: counted, not believed.
 
-`check` is for every step, out of counts that the host has anyway. `writes` puts a hook on every parameter: it is for
-`trainer check` and for tests.
+`check` is for every step, out of counts that the host has anyway, `Untouched` for the first window. `writes` puts a
+hook on every parameter: it is for `trainer check` and for tests.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,6 +31,24 @@ def check(trace: Trace, window: OpenWindow, world_size: int) -> None:
             f"the window's gradient was summed over ranks {trace.reductions} times in place of once: use a Step with "
             "ranks for each window on its own."
         )
+
+
+class Untouched:
+    """The gradients as they stand before a forward, which must leave them alone."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._before = [(name, one, one.grad, _version(one.grad)) for name, one in parameters.items()]
+
+    def written(self) -> str | None:
+        """The name of one that was written since."""
+        for name, parameter, gradient, version in self._before:
+            if parameter.grad is not gradient or _version(gradient) != version:
+                return name
+        return None
+
+
+def _version(gradient: Tensor | None) -> int:
+    return 0 if gradient is None else gradient._version
 
 
 @contextmanager
@@ -69,8 +87,7 @@ def check_writes(counts: Mapping[str, int], micro_batches: int) -> None:
             raise GradientError(
                 f"the gradient of '{name}' was written {often} in a window of {micro_batches} micro-batches: "
                 + (
-                    "something runs backward a second time (an objective that calls backward itself, or reentrant "
-                    "activation checkpointing)."
+                    "something runs backward a second time (reentrant activation checkpointing, a hook)."
                     if count > micro_batches
                     else "some of them do not use it."
                 )
