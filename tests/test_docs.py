@@ -66,7 +66,7 @@ def agrees(expected: list[str], printed: str) -> bool:
 @pytest.mark.parametrize("page", RUN)
 def test_everything_on_the_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     modules = set(sys.modules)
     stand_in = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", stand_in)

@@ -155,19 +155,22 @@ def test_a_loss_that_no_parameter_is_in_says_what_it_is_made_of() -> None:
     assert line_of(objective) in str(error)
 
 
-def test_parameters_that_do_not_require_a_gradient_are_named() -> None:
-    class Plain:
+def test_parameters_that_do_not_require_a_gradient_are_named_with_where_they_are_made() -> None:
+    class Forgetful:
         def __init__(self) -> None:
-            self.w = torch.ones(2, 1, requires_grad=True)
+            self.size = 2
+            self.w = torch.ones(self.size, 1)  # HERE
 
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.w
 
-    model = Plain()
+    model = Forgetful()
     step = Step(model, lambda m, x: m.forward(x).mean(), Manual([model.w]))
-    model.w.requires_grad_(False)
-    with pytest.raises(ObjectiveError, match=r"no parameter requires a gradient \(w\).*requires_grad=True"):
+    with pytest.raises(ObjectiveError) as found:
         step([ROWS])
+    said = str(found.value)
+    assert re.search(r"no parameter requires a gradient \(w\); 'w' is made in .*requires_grad=True", said), said
+    assert line_of(Forgetful) in said
 
 
 def test_a_step_under_no_grad() -> None:

@@ -94,9 +94,14 @@ def not_connected(name: str, forward: Forward) -> ObjectiveError:
         return ObjectiveError(f"{what}: gradients are switched off here; call the step outside no_grad().")
     off = [parameter for parameter, tensor in forward.parameters.items() if not tensor.requires_grad]
     if len(off) == len(forward.parameters):
+        # A plain object's tensor that requires no gradient is no parameter, so the model's name for it is looked up.
+        held = {id(tensor): name.removeprefix("model.") for name, tensor in held_by({"model": forward.model})}
+        off = [held.get(id(forward.parameters[name]), name) for name in off]
+        made = places.assigned(forward.model, off[0].partition(".")[0])
+        where = f"; '{off[0]}' is made in {made}" if made is not None else ""
         return ObjectiveError(
-            f"{what}: no parameter requires a gradient ({_listed(off)}); make them with requires_grad=True, or as "
-            "nn.Parameter."
+            f"{what}: no parameter requires a gradient ({_listed(off)}){where}. Make them with requires_grad=True, or "
+            "as nn.Parameter."
         )
     trace, roots = forward.again()
     if not roots:
@@ -160,7 +165,7 @@ def _changed(forward: Forward, roots: tuple[Tensor, ...]) -> GradientError:
         for storage in storages:
             changes = [call for call in trace.changes(storage) if saver is None or call.order > saver.order]
             if changes:
-                what = names.get(storage) or _made(trace, storage)
+                what = names.get(storage) or _made(trace, storage, saver)
                 needs = f"backward of {saver}" if saver is not None else f"backward ({node.name()})"
                 return GradientError(
                     f"{needs} needs {what} as it was then, but it was changed in place since, by {changes[0]}: write "
@@ -173,11 +178,11 @@ def _changed(forward: Forward, roots: tuple[Tensor, ...]) -> GradientError:
     )
 
 
-def _made(trace: Trace, storage: int) -> str:
+def _made(trace: Trace, storage: int, saver: Call | None) -> str:
     for call in trace.calls:
         for tensor in call.outputs:
             if storage_of(tensor) == storage:
-                return f"the result of {call}"
+                return "its own result" if call is saver else f"the result of {call}"
     return "a tensor"
 
 

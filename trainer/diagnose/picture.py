@@ -88,6 +88,7 @@ class _Drawing:
         self._names = {id(leaf): name for name, leaf in leaves.items()}
         self._inputs = {id(tensor): f"micro-batch {index}" for index, tensor in enumerate(inputs)}
         self._nodes = list(nodes(roots.values()))
+        self._tensor_keys: dict[int, str] = {}
         self._boxes: dict[str, Box] = {}
         self._arrows: dict[tuple[str, str], bool] = {}
         self._calls = self._calls_of_nodes()
@@ -174,7 +175,7 @@ class _Drawing:
                     self._arrows.setdefault((self._input(tensor), key), False)
 
     def _leaf(self, leaf: Tensor, group: tuple[str, ...]) -> str:
-        key = f"p{id(leaf)}"
+        key = self._key_of(leaf, "p")
         if key not in self._boxes:
             name = self._names.get(id(leaf), "a leaf").removeprefix(f"{group[-1].partition(' ')[0]}." if group else "")
             self._boxes[key] = Box(key, "parameter", name, [_shape(leaf)], group)
@@ -183,8 +184,12 @@ class _Drawing:
             self._boxes[key].title = self._names.get(id(leaf), "a leaf")
         return key
 
+    def _key_of(self, tensor: Tensor, kind: str) -> str:
+        """A key that is the same each time the same is drawn."""
+        return self._tensor_keys.setdefault(id(tensor), f"{kind}{len(self._tensor_keys)}")
+
     def _input(self, tensor: Tensor) -> str:
-        key = f"i{id(tensor)}"
+        key = self._key_of(tensor, "i")
         if key not in self._boxes:
             self._boxes[key] = Box(key, "input", self._inputs[id(tensor)], [_shape(tensor)])
         return key

@@ -1,11 +1,15 @@
 """Where in the user's own code something happened: the file, the line and its text."""
 
+import ast
+import inspect
 import linecache
 import sys
 import sysconfig
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 
@@ -81,3 +85,24 @@ def _short(file: str) -> str:
         return path.resolve().relative_to(Path.cwd()).as_posix()
     except (ValueError, OSError):
         return path.as_posix()
+
+
+def assigned(holder: Any, name: str) -> Place | None:
+    """The line of the holder's class that sets its attribute: `self.name = …`. None where there is none, or several."""
+    found: set[Place] = set()
+    for kind in type(holder).__mro__:
+        try:
+            file = inspect.getsourcefile(kind)
+            lines, first = inspect.getsourcelines(kind)
+            tree = ast.parse(textwrap.dedent("".join(lines)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        if file is None or not _is_the_users(file):
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Assign | ast.AnnAssign):
+                continue
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(ast.unparse(part) == f"self.{name}" for target in targets for part in ast.walk(target)):
+                found.add(Place(file, first + node.lineno - 1, kind.__name__))
+    return found.pop() if len(found) == 1 else None
