@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import over_ranks
 from reference import cut, differing, state_of
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from trainer import CheckpointError, ConfigError, Step, Sum, Trainer
+from trainer.distributed import ManyProcesses
 from trainer.gradient.report import FREE_READS
 from trainer.optim import Manual, cosine
 
@@ -335,3 +337,30 @@ def test_wide_parameters_are_left_alone() -> None:
         step([rows(4, dtype=dtype)])
         assert not step._narrow.any
         assert all(a is b for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True))
+
+
+# Over ranks
+
+
+def half_of_it(rank: int, world: int, masters: bool) -> Any:
+    model = net()
+    step = Step(
+        model, error, AdamW(model.parameters(), lr=1e-3, fused=True), master_parameters=masters, ranks=ManyProcesses()
+    )
+    for _ in range(3):
+        step(cut(rows(256), [4] * 64)[rank::2])
+    return model.state_dict(), gradient_of(model), [p.grad.dtype for p in model.parameters()]
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_two_ranks_add_up_in_float32(masters: bool) -> None:
+    model = net()
+    step = Step(model, error, AdamW(model.parameters(), lr=1e-3, fused=True), master_parameters=masters)
+    for _ in range(3):
+        step(cut(rows(256), [4] * 64))
+    (left, first, dtypes), (right, second, _) = over_ranks(half_of_it, masters)
+    assert set(dtypes) == {torch.float32}
+    assert torch.equal(first, second)
+    assert differing(left, right) == []
+    assert float((first - gradient_of(model)).norm() / first.norm()) < 1e-6
+    assert differing(left, dict(model.state_dict())) == []

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import over_ranks
 from reference import cut, differing, state_of
 from torch import Tensor, nn
 
 from trainer import ConfigError, DivergedError, Report, Step, Sum, supervised
+from trainer.distributed import ManyProcesses
 from trainer.gradient.report import FREE_READS
 from trainer.gradient.scaler import LARGEST, LossScale
 from trainer.gradient.skips import ZERO_WEIGHT
@@ -331,3 +333,35 @@ def test_what_cannot_go_with_it_is_refused() -> None:
     for scale in (0.5, 2.0**65, float("inf")):
         with pytest.raises(ConfigError, match="loss_scale"):
             made(scale)
+
+
+# Over ranks
+
+
+def uneven(rank: int, world: int, deferred: bool) -> list[Any]:
+    """One rank's rows alone make the gradient overflow, then one rank's loss is not finite."""
+    if deferred:
+        FREE_READS.discard("cpu")
+    try:
+        model, optimizer, step = made(256.0, objective=overflowing, ranks=ManyProcesses(), loss_scale_interval=2)
+        said = []
+        for index in range(8):
+            inputs, targets = rows()
+            if rank == 1:
+                inputs = inputs * (100.0 if index in (2, 3) else float("nan") if index == 5 else 0.01)
+            report = step([(inputs * 0.01 if rank == 0 else inputs, targets)])
+            said.append((report.loss_scale, report.skipped, report.overflowed, int(step.skips_in_a_row)))
+        return [said, state_of(model.get_submodule("3"), optimizer)]
+    finally:
+        FREE_READS.add("cpu")
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_all_ranks_have_one_scale(deferred: bool) -> None:
+    (first, left), (second, right) = over_ranks(uneven, deferred)
+    assert first == second
+    assert differing(left, right) == []
+    assert any(overflowed for _, _, overflowed, _ in first)
+    assert not all(skipped for _, skipped, _, _ in first)
+    assert first[5][1:] == (True, False, 1)
+    assert first[6][0] == first[5][0]

@@ -150,3 +150,29 @@ def test_the_parameters_that_are_moved_are_counted() -> None:
     both = nn.ModuleList([model, frozen])
     step = Step(both, mean, [sgd([model.weight, *frozen.parameters()], lr=0.1), sgd([model.bias], lr=0.1)])
     assert summary.parameter_count(step) == 8
+
+
+def test_narrow_parameters_without_masters_and_a_slow_precision_are_said(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    for flat, notes in (
+        ({}, []),
+        (
+            {"precision": "fp16"},
+            ["this CPU has no instructions for fp16: it is slower here than fp32, up to 17 times."],
+        ),
+        (
+            {"precision": "bf16_true"},
+            [
+                "parameters are bfloat16, so that a step below about 1/512 of a parameter is lost: "
+                "gradient.master_parameters=true keeps it.",
+                "this CPU has no instructions for bf16_true: it is slower here than fp32, up to 9 times.",
+            ],
+        ),
+        ({"precision": "bf16_true", "master_parameters": True}, ["up to 9 times."]),
+    ):
+        settings = from_flat({"batch_size": 16, **flat})
+        model = nn.Linear(3, 1)
+        step = Trainer(model, MSE, sgd(model.parameters()), data=rows(16), settings=settings).step
+        found = summary.notes(step, source_of(rows(16), settings.data), settings)
+        assert len(found) == len(notes)
+        assert all(note.endswith(end) for note, end in zip(found, notes, strict=True))

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.data.sources import Source
 from trainer.gradient.model_loss import ModelLoss
+from trainer.gradient.narrow import NARROW
 from trainer.gradient.objective import Supervised
 from trainer.gradient.precision import slow_here
 from trainer.loggers.events import Start
@@ -89,6 +92,13 @@ def notes(step: Step, source: Source, settings: Settings) -> Sequence[str]:
     for optimizer in step.optimizers:
         if could_be_fused(optimizer):
             said.append(f"{type(optimizer).__name__} was made without fused=True: its step would cost less with it.")
+    rounded = [p.dtype for p in step.parameters.by_name.values() if p.dtype in NARROW]
+    if rounded and not step.settings.master_parameters:
+        name, least = ("bfloat16", 256) if torch.bfloat16 in rounded else ("float16", 2048)
+        said.append(
+            f"parameters are {name}, so that a step below about 1/{2 * least} of a parameter is lost: "
+            "gradient.master_parameters=true keeps it."
+        )
     slow = slow_here(settings.precision, step.device.type)
     if slow is not None:
         said.append(slow)

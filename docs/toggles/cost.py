@@ -20,6 +20,7 @@ from trainer.recipes import digits
 from trainer import Step, Trainer, supervised
 from trainer.data import source_of
 from trainer.evaluate import Evaluation
+from trainer.gradient.precision import width
 from trainer.gradient.transforms import centralise, clip_by_norm, freeze, noise
 from trainer.optim import Manual, adamw, cosine, sgd
 from trainer.settings import DataSettings
@@ -71,8 +72,8 @@ def steps(
     torch.manual_seed(0)
     net = model()
     inputs, classes = (torch.randn(size, 512), torch.arange(size)) if wide else (part[:size] for part in DATA.train)
-    if settings.get("precision") == "fp64":
-        net, inputs = net.double(), inputs.double()
+    dtype = width(settings.get("precision", "fp32"))
+    net, inputs = net.to(dtype), inputs.to(dtype)
     window = tuple(zip(inputs.chunk(parts), classes.chunk(parts), strict=True))
     step = Step(net, LOSS, make(net.parameters()), **settings)
 
@@ -150,9 +151,12 @@ def main() -> None:
     compare("nonfinite: raise over skip", steps(), steps(nonfinite="raise"))
     compare("activation checkpointing: 4 segments over none, digits", steps(), steps(activation_checkpointing=4))
     compare("activation checkpointing: 4 segments over none, deep", wide(), wide(activation_checkpointing=4))
-    for precision in ("bf16", "fp64"):
+    for precision in ("bf16", "bf16_true", "fp16", "fp64"):
         compare(f"precision: {precision} over fp32, digits", steps(), steps(precision=precision))
         compare(f"precision: {precision} over fp32, deep", wide(), wide(precision=precision))
+    true = {"precision": "bf16_true", "parts": 4}
+    compare("precision: accumulate_in float32 over parameter", steps(**true, accumulate_in="parameter"), steps(**true))
+    compare("precision: master_parameters over none", steps(**true), steps(**true, master_parameters=True))
     compare("schedules: cosine over none", steps(), steps(schedule=cosine(10**6)))
     compare("optimizers: sgd over adamw", steps(), steps(make=sgd))
     compare("optimizers: Manual over adamw", steps(), steps(make=Manual))

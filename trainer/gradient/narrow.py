@@ -1,7 +1,7 @@
 """Parameters narrower than float32: their window's gradient is accumulated in float32, and a float32 master of each may
 be what the optimizer moves.
 
-In bfloat16 a sum of k micro-batches rounds k times to three digits, and a step smaller than 1/256 of its parameter is
+In bfloat16 a sum of k micro-batches rounds k times to three digits, and a step smaller than 1/512 of its parameter is
 no step at all. A master stands in the optimizer's groups in its parameter's place, so that the optimizer's state is
 float32 too; after each step it is rounded into the parameter.
 """
@@ -25,6 +25,11 @@ def of_model(parameter: Tensor) -> Tensor:
     """The model's parameter that a master stands for; any other tensor stands for itself."""
     model_parameter: Tensor = getattr(parameter, "stands_for", parameter)
     return model_parameter
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """What the parameter's gradient is accumulated in."""
+    return parameter.grad_dtype or parameter.dtype
 
 
 class Narrow:

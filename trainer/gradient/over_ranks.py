@@ -15,6 +15,7 @@ from trainer.distributed.buckets import Buckets
 from trainer.distributed.ranks import Ranks
 from trainer.errors import GradientError
 from trainer.gradient import norms, skips
+from trainer.gradient.narrow import gradient_dtype
 from trainer.gradient.objective import MEAN
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.opening import Opening, Summed
@@ -242,7 +243,7 @@ class Reducer:
         if gradient is None:
             gradient = torch.sparse_coo_tensor(
                 torch.zeros(1, 0, dtype=torch.int64),
-                torch.zeros(0, *parameter.shape[1:], dtype=parameter.dtype),
+                torch.zeros(0, *parameter.shape[1:], dtype=gradient_dtype(parameter)),
                 parameter.shape,
                 check_invariants=False,
             )

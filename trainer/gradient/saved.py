@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import CheckpointError, did_you_mean
+from trainer.gradient.narrow import gradient_dtype
 from trainer.gradient.zeroing import Aside
 
 Saved = dict[str, Tensor | None]
@@ -48,8 +49,8 @@ def load(saved: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor]) -
     for name, parameter in parameters.items():
         gradient = saved.get(name)
         if gradient is not None:
-            gradient = gradient.to(parameter.device, parameter.grad_dtype, copy=True)
+            gradient = gradient.to(parameter.device, gradient_dtype(parameter), copy=True)
         elif name in saved:
-            gradient = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            gradient = torch.zeros_like(parameter, dtype=gradient_dtype(parameter))
         loaded.append((parameter, gradient))
     return loaded
