@@ -1,6 +1,7 @@
 """When a run ends: the limits, looked at after every window."""
 
 import time
+from collections.abc import Callable
 
 from trainer.checkpoint.run_state import RunState
 from trainer.errors import ConfigError
@@ -34,6 +35,14 @@ class Limits:
     def seconds(self) -> float:
         """Since the run began or went on."""
         return time.monotonic() - self._began
+
+    def ends(self, is_at_end: Callable[[], bool]) -> bool:
+        """Whether the window that was drawn is the run's last, as far as the clocks tell. `is_at_end`: of the epoch."""
+        for clock, limit in self._counted:
+            by_epochs = clock == "epochs"
+            if self._clocks.has_reached(clock, limit - by_epochs) and (not by_epochs or is_at_end()):
+                return True
+        return False
 
     def reached(self) -> str | None:
         """Which limit is reached, in words."""

@@ -145,7 +145,9 @@ class Trainer:
         if self.settings.check is not None and not self.step.clocks.windows:
             self._health.before_first(self._certify)
         who = {"recipe": self.recipe, "folder": self.folder, "config": self.config, "device": str(self._device)}
-        start = summary.start(self.step, self._feed.source, self.settings, notes, resumed, **who)
+        start = summary.start(
+            self.step, self._feed.source, self.settings, notes, resumed, self.state.evaluated_at, **who
+        )
         try:
             self._loggers.start(start)
             reason = self._run()
@@ -200,15 +202,15 @@ class Trainer:
         reason = limits.reached()
         if reason is None:
             self._held_out.evaluation.sums = None  # an evaluation at an end that is none any more
-        while reason is None:
+        while reason is None or self._feed.is_at_end():
             for window in self._feed.windows():
                 report = self.last_report = self._health.step(window, log.is_near(clocks), self._between)
                 for tick in ticks:
                     tick()
                 if report._skipped is True:
                     self._skipped(report)
-                if log(clocks):
-                    self._log(report)
+                if log(clocks) or limits.ends(self._feed.is_at_end):
+                    self._log(report)  # the last line comes before what is evaluated and saved after it
                     report = None
                 if evaluate(clocks):
                     self._evaluated()
@@ -221,7 +223,7 @@ class Trainer:
             if reason is None or self._feed.is_at_end():
                 self.state.next_epoch()
                 if report is not None and limits.reached():
-                    self._log(report)  # the last step's line comes before what is evaluated after it
+                    self._log(report)
                     report = None
                 if evaluate(clocks):
                     self._evaluated()

@@ -18,7 +18,13 @@ from trainer.step import Step
 
 
 def start(
-    step: Step, source: Source, settings: Settings, also: Sequence[str], resumed: Path | None, **who: Any
+    step: Step,
+    source: Source,
+    settings: Settings,
+    also: Sequence[str],
+    resumed: Path | None,
+    evaluated_at: int,
+    **who: Any,
 ) -> Start:
     """How the run begins. `also` are notes that come first; `who` is its recipe, folder, config and device."""
     return Start(
@@ -30,6 +36,7 @@ def start(
         total_windows=total_windows(settings, source),
         clocks=step.clocks.as_dict(),
         resumed_from=resumed,
+        evaluated_at=evaluated_at,
         step_clock=settings.loggers.axis,
         **who,
     )

@@ -19,6 +19,8 @@ class Tally:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
+    instants: Counter[str] = field(default_factory=Counter)
+    """Where a trial struck, for the rows that strike at random."""
 
     @property
     def trials(self) -> int:

@@ -164,27 +164,15 @@ class RunState:
             return path
         if self._folder is None:
             raise ConfigError(f'resume="{resume}" needs the folder that the run was saved in: give folder=.')
-        newest, state = self._newest(self._folder)
+        newest, state, damaged = store.newest(self._folder)
+        self.notes += [f"passed over: {error}" for error in damaged]
         if newest is not None:
             self._load(newest, state, accept)
+        elif damaged:
+            raise damaged[0]  # never taken for none at all
         elif str(resume) == "last":
             raise CheckpointError(f"{self._folder} holds no checkpoint to go on from: resume=auto begins anew.")
         return newest
-
-    def _newest(self, run: Path) -> tuple[Path | None, dict[str, Any]]:
-        """The newest checkpoint that is whole. Those that are damaged are named, and never taken for none at all."""
-        error: CheckpointError | None = None
-        for one in folder.newest_first(run):
-            try:
-                if one.error is not None:
-                    raise one.error
-                return one.path, store.load(one.path)
-            except CheckpointError as damage:
-                error = damage
-                self.notes.append(f"passed over: {damage}")
-        if error is not None:
-            raise error
-        return None, {}
 
     def _begin_anew(self) -> None:
         """What another run has saved here is put aside: it must not be taken for this one's."""

@@ -37,6 +37,8 @@ class Start:
     clocks: dict[str, int] = field(default_factory=dict)
     """The clocks at the start: all zero, or those of the checkpoint that the run goes on from."""
     resumed_from: Path | None = None
+    evaluated_at: int = -1
+    """The windows clock at the last evaluation before the checkpoint."""
     step_clock: str = "steps"
     """The clock on TensorBoard's axis."""
 

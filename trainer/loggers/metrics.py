@@ -48,7 +48,7 @@ class Metrics:
         make_folder(self.path.parent)
         try:
             if any(event.clocks.values()):
-                cut(self.path, event.clocks.get("windows", 0))
+                cut(self.path, event.clocks.get("windows", 0), event.evaluated_at)
             elif self.path.exists():
                 self.path.replace(self.path.with_name(PREVIOUS))
         except OSError as error:
@@ -96,15 +96,20 @@ class Metrics:
         self._file.write(line.encode() + b"\n")
 
 
-def cut(path: Path, windows: int) -> None:
+def cut(path: Path, windows: int, evaluated_at: int | None = None) -> None:
     """Drop the lines after so many windows, and a last line that was torn by a kill: the old file or the new one.
+
+    An evaluation after just so many windows stays where it was the last one (`evaluated_at`): another came after the
+    checkpoint was saved, and comes again.
 
     Raises ConfigError where another line than the last is not JSON, OSError where the disk refuses.
     """
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")
-    kept = [line for number, line in enumerate(lines, 1) if _belongs(line, number, len(lines), path, windows)]
+    kept = [
+        line for number, line in enumerate(lines, 1) if _belongs(line, number, len(lines), path, windows, evaluated_at)
+    ]
     text = b"".join(line + b"\n" for line in kept)
     if text == b"\n".join(lines):
         return
@@ -116,11 +121,14 @@ def cut(path: Path, windows: int) -> None:
     temporary.replace(path)
 
 
-def _belongs(line: bytes, number: int, last: int, path: Path, windows: int) -> bool:
+def _belongs(line: bytes, number: int, last: int, path: Path, windows: int, evaluated_at: int | None) -> bool:
     if not line:
         return False
     try:
-        return bool(json.loads(line).get("windows", 0) <= windows)
+        facts = json.loads(line)
+        at = facts.get("windows", 0)
+        comes_again = facts.get("event") == "evaluation" and evaluated_at is not None and evaluated_at < at
+        return bool(at <= windows and not comes_again)
     except (ValueError, AttributeError, TypeError):
         if number == last:
             return False
