@@ -6,11 +6,15 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
+from trainer import cli
+from trainer.checkpoint import lock
 from trainer.cli import main
-from trainer.config import catalogue
+from trainer.config import catalogue, help
+from trainer.errors import TrainerWarning
 
 RECIPES = sorted(catalogue.options("recipe"))
 MINE = """# @package _global_
@@ -165,7 +169,7 @@ def test_the_config_is_shown_whole_in_part_and_resolved(here, capsys):
 
 def test_shell_completion_knows_the_verb(here, capsys, monkeypatch):
     for line, wanted in (
-        ("trainer ", "train eval check graph recipes"),
+        ("trainer ", " ".join(help.VERBS)),
         ("trainer train recipe=xor_", "recipe=xor_mlp"),
     ):
         monkeypatch.setenv("COMP_LINE", line)
@@ -340,3 +344,29 @@ def test_the_words_to_go_on_are_those_that_were_typed(here, capsys, monkeypatch)
     monkeypatch.setenv("TRAINER_COMMAND", "./scripts/train")
     assert mine("loggers.console=true") == 0
     assert "./scripts/train recipe=mine loggers.console=true run=" in capsys.readouterr().out
+
+
+def test_a_folder_in_which_another_run_is_going_on_is_left_as_it_is(here, capsys):
+    assert mine("run=a") == 0
+    folder = here / "outputs" / "mine" / "a"
+    before = (folder / "config.yaml").read_text()
+    with lock.held(folder):
+        assert mine("run=a", "optimizer.lr=1e-4") == 5
+        assert "is in use by another Trainer of this process: wait for it" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_text() == before
+    assert not (folder / lock.NAME).exists()
+
+
+def test_our_warnings_are_a_sentence_and_those_of_others_stay_what_they_are(capsys, monkeypatch):
+    def act(words):
+        warnings.warn("it is so.", TrainerWarning, stacklevel=1)
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, "_main", act)
+    before = warnings.showwarning
+    with pytest.warns(UserWarning, match="theirs") as others:
+        assert cli.main([]) == 0
+    assert warnings.showwarning is before
+    assert [str(one.message) for one in others] == ["theirs"]
+    assert capsys.readouterr().err == "warning: it is so.\n"

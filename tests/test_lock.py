@@ -108,3 +108,13 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch) -> 
     one = Lock(tmp_path)
     assert not one.take()
     one.release()
+
+
+def test_held_for_a_while(tmp_path) -> None:
+    with lock.held(tmp_path / "run"):
+        with pytest.raises(CheckpointError, match="in use by another Trainer"), lock.held(tmp_path / "run"):
+            pass
+        assert (tmp_path / "run" / lock.NAME).exists()
+    with lock.held(tmp_path / "run"):
+        pass
+    assert os.listdir(tmp_path / "run") == []

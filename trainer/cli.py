@@ -8,12 +8,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import help
-from trainer.errors import CheckpointError, ConfigError, Stopped, TrainerError, did_you_mean
+from trainer.errors import CheckpointError, ConfigError, Stopped, TrainerError, TrainerWarning, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -29,6 +31,8 @@ DIFFERENT = 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 1 the user's own exception, else that of the error's class."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    shown = warnings.showwarning
+    warnings.showwarning = partial(_show_warning, shown)
     try:
         code = _main(words)
         sys.stdout.flush()
@@ -45,10 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Nobody reads any more. Without this, Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE
+    finally:
+        warnings.showwarning = shown
     return code
 
 
-def say(error: BaseException, before: str = "") -> None:
+def _show_warning(shown: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Our own warnings are a sentence like our errors; those of others stay as they are."""
+    if issubclass(category, TrainerWarning):
+        say(message, "warning: ")
+    else:
+        shown(message, category, *place)
+
+
+def say(error: BaseException | str, before: str = "") -> None:
     """One sentence on stderr."""
     print(before + " ".join(str(error).split()), file=sys.stderr)
 
@@ -191,6 +205,7 @@ class Jobs:
 
     def run(self, composed: "DictConfig") -> float:
         """What Hydra calls for each job. Returns the metric that `best` names, Failed where there is none."""
+        from trainer.checkpoint import lock
         from trainer.config import hydra_app, record
         from trainer.config.sweep import Failed
 
@@ -214,7 +229,8 @@ class Jobs:
                 value = verbs.evaluate(config, door)
             else:
                 go_on = self._go_on(config.words, folder, overrides)
-                record.write(folder, config.plain, [*_typed(), *overrides, *self._where], go_on)
+                with lock.held(folder):  # a second run must not write over what the first one says of itself
+                    record.write(folder, config.plain, [*_typed(), *overrides, *self._where], go_on)
                 value = verbs.train(config, door, folder, go_on)
             if number is not None:
                 print(f"{prefix}{config.settings.best.metric} {value:g}", flush=True)

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -67,6 +69,17 @@ class Lock:
                 self._path.unlink(missing_ok=True)
         except OSError:
             pass  # the folder has gone, or another one has it already
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder is ours meanwhile. Raises CheckpointError with the process that has it."""
+    lock = Lock(folder)
+    lock.take()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _lock(file: IO[str], folder: Path) -> bool:
