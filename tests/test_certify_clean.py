@@ -483,6 +483,55 @@ def test_a_model_that_changes_its_input_in_place_raises_no_false_alarm() -> None
     assert all(torch.equal(x, y) for (x, _), y in zip(task.window, before, strict=True)), "the data is as it was"
 
 
+def test_a_transform_of_torch_func_inside_forward_raises_no_false_alarm() -> None:
+    def function(acts: Acts, x: Tensor) -> Tensor:
+        return x + torch.func.vmap(torch.func.grad(lambda row: (row * acts.v).sin().sum()))(x)
+
+    torch.manual_seed(0)
+    passes(flat(Acts(function)))
+
+
+def test_a_model_of_two_types_raises_no_false_alarm() -> None:
+    torch.manual_seed(0)
+    task = flat(nn.Tanh(), after=lambda y: y.double())
+    task.model.leave.double()
+    passes(task._replace(objective=lambda model, batch: F.mse_loss(model(batch[0]).float(), batch[1])))
+
+
+def test_a_model_that_insists_on_float32_is_held_against_float32() -> None:
+    def function(acts: Acts, x: Tensor) -> Tensor:
+        assert x.dtype is torch.float32
+        return x * acts.v
+
+    torch.manual_seed(0)
+    task = flat(Acts(function))
+    certificate = certify(task.model, task.objective, data=task.window)
+    assert certificate.passed and certificate.reference == "float32", str(certificate)
+    assert "float64 does not run here" in certificate.notes[0]
+
+
+def test_micro_batches_that_do_not_run_put_together_leave_the_cut_open() -> None:
+    """Each brings weights of the four classes, as many as it has rows."""
+    g = drawn()
+    window = [(torch.randn(4, 6, generator=g), torch.randint(4, (4,), generator=g), torch.ones(4)) for _ in range(2)]
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], weight=batch[2])
+
+    torch.manual_seed(0)
+    certificate = certify(Body(nn.Tanh(), out=4), objective, data=window)
+    assert certificate.passed and "the cut is left open" in certificate.notes[0], str(certificate)
+
+
+@pytest.mark.parametrize("seed", [3, 35])
+def test_kinks_that_bf16_falls_on_the_other_side_of_raise_no_false_alarm(seed: int) -> None:
+    torch.manual_seed(seed)
+    task = rnn()
+    g = torch.Generator().manual_seed(1000 + seed)
+    window = [(torch.randint(13, (n, 6), generator=g), torch.randint(3, (n,), generator=g)) for n in SIZES]
+    passes(task._replace(window=window), precision="bf16")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_model_of_torchscript_raises_no_false_alarm() -> None:
     torch.manual_seed(0)

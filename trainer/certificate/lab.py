@@ -62,6 +62,8 @@ class Lab:
     ) -> None:
         self.model, self.objective, self.parameters, self.asked = model, objective, parameters, asked
         self.window = list(window)
+        self.clones = True
+        """Whether the reference hands backward clones of what forward saved; torch.func does not run with that."""
         self._roots = [("", model), ("objective", objective), *roots]
         self.state = Snapshot(self._roots)
         self.modules = named_modules(model)
@@ -88,7 +90,7 @@ class Lab:
         """
         run, used = Run({}), wide.Used()
         draw = Draws(draws)
-        with self._from_the_start(seed), self.state.wide(dtype), wide.plainly(dtype, used) as mode, draw:
+        with self._from_the_start(seed), self.state.wide(dtype), wide.plainly(dtype, used, self.clones) as mode, draw:
             batches = [cast(one, dtype) for one in micro_batches]
             if shake is not None:
                 self._shake(batches, *shake)

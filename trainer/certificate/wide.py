@@ -148,12 +148,13 @@ def cloned_for_backward() -> Iterator[None]:
 
 
 @contextmanager
-def plainly(dtype: torch.dtype, used: Used | None = None) -> Iterator[Wide]:
+def plainly(dtype: torch.dtype, used: Used | None = None, clones: bool = True) -> Iterator[Wide]:
     """All of it together, in `dtype`."""
     default = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(without_compiling())
-        stack.enter_context(cloned_for_backward())  # entered before such hooks are switched off
+        if clones:
+            stack.enter_context(cloned_for_backward())  # entered before such hooks are switched off
         stack.enter_context(without_hooks(used))
         stack.enter_context(without_checkpointing(used))
         stack.enter_context(without_autocast(used))
