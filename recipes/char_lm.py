@@ -26,7 +26,6 @@ PADDING = -100
 """The target that is none: what cross_entropy ignores."""
 _NUMBERS = torch.zeros(128, dtype=torch.int64)
 _NUMBERS[list(ALPHABET.encode())] = torch.arange(len(ALPHABET))
-_FOLDER = Path(sysconfig.get_path("stdlib"))
 
 Windows = tuple[Tensor, Tensor]
 
@@ -74,7 +73,7 @@ def library(length: int = 128, characters: int = 900_000, held_out: int = 10, la
     taken = library_files(characters, largest)
     if len(taken) < held_out:
         raise DataError(
-            f"{_FOLDER}: the source of Python's library is not there, or not enough of it: {len(taken)} files."
+            f"{_folder()}: the source of Python's library is not there, or not enough of it: {len(taken)} files."
         )
     train = [text for index, text in enumerate(taken) if index % held_out != held_out - 1]
     return Split(train=Text(train, length), evaluation=Text(taken[held_out - 1 :: held_out], length))
@@ -83,12 +82,16 @@ def library(length: int = 128, characters: int = 900_000, held_out: int = 10, la
 def library_files(characters: int, largest: int) -> list[str]:
     """Source files of the running Python's standard library as texts; which ones, `library` says."""
     taken: list[str] = []
-    for path in sorted(_FOLDER.glob("[!_]*.py")):
+    for path in sorted(_folder().glob("[!_]*.py")):
         if sum(map(len, taken)) < characters and path.stat().st_size <= largest:
             text = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
             if text and set(text) <= set(ALPHABET):
                 taken.append(text)
     return taken
+
+
+def _folder() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
 
 
 class Block(nn.Module):

@@ -91,7 +91,7 @@ def with_limits(trainer: Trainer, **limits) -> Trainer:
         ({"steps": 3}, "3 steps done", {"epochs": 0, "windows": 3, "steps": 3, "rows": 6}),
         ({"steps": 4}, "4 steps done", {"epochs": 1, "windows": 4, "steps": 4, "rows": 8}),
         ({"rows": 9}, "9 rows done", {"epochs": 1, "windows": 5, "rows": 10}),
-        ({"steps": 100, "epochs": 1}, "1 epochs done", {"epochs": 1, "steps": 4}),
+        ({"steps": 100, "epochs": 1}, "1 epoch done", {"epochs": 1, "steps": 4}),
         ({"steps": 3, "epochs": 1}, "3 steps done", {"epochs": 0, "steps": 3}),
         ({"steps": 0}, "0 steps done", {"windows": 0, "epochs": 0}),
         ({"epochs": 0}, "0 epochs done", {"windows": 0}),
@@ -652,7 +652,7 @@ def test_a_data_loader_says_what_resume_means_for_it() -> None:
     simple(data=loader, steps=1, loggers=[watches]).fit()
     start = watches.events[0][1]
     assert any("the data's order is its own" in note for note in start.notes)
-    assert start.window == "window 1 micro-batches, divided by elements"
+    assert start.window == "window 1 micro-batch, divided by elements"
 
 
 # Refused.

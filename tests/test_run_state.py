@@ -312,7 +312,7 @@ def test_resume_says_where_nothing_is(tmp_path) -> None:
         trainer.fit(resume=tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="holds no checkpoint: name one"):
         trainer.fit(resume=str(tmp_path))
-    assert trainer_of("momentum", steps=1, folder=tmp_path).fit(resume="auto").reason == "1 steps done"
+    assert trainer_of("momentum", steps=1, folder=tmp_path).fit(resume="auto").reason == "1 step done"
 
 
 def test_resume_from_a_folder_and_from_any_saved_file(tmp_path) -> None:

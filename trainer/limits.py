@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from trainer.checkpoint.run_state import RunState
 from trainer.errors import ConfigError
-from trainer.gradient.clocks import Clocks
+from trainer.gradient.clocks import Clocks, counted
 from trainer.settings import LimitSettings
 
 
@@ -27,8 +27,8 @@ class Limits:
         self._settings = settings
         if settings.epochs is settings.steps is settings.rows is settings.time is None:
             raise ConfigError("no limit is set, so the run would never end: set limits.epochs, steps, rows or time.")
-        counted = {"steps": settings.steps, "rows": settings.rows, "epochs": settings.epochs}
-        self._counted = [(clock, limit) for clock, limit in counted.items() if limit is not None]
+        limits = {"steps": settings.steps, "rows": settings.rows, "epochs": settings.epochs}
+        self._counted = [(clock, limit) for clock, limit in limits.items() if limit is not None]
         self._began = time.monotonic()
 
     @property
@@ -49,7 +49,7 @@ class Limits:
         settings = self._settings
         for clock, limit in self._counted:
             if self._clocks.has_reached(clock, limit):
-                return f"{limit} {clock} done"
+                return f"{counted(limit, clock.removesuffix('s'))} done"
         if settings.time is not None and self.seconds >= settings.time:
             return f"{settings.time:g} seconds are over"
         if settings.patience is not None and self._state.evaluations_without_best >= settings.patience:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trainer.data.sources import Source
+from trainer.gradient.clocks import counted
 from trainer.gradient.model_loss import ModelLoss
 from trainer.gradient.narrow import NARROW
 from trainer.gradient.objective import Supervised
@@ -68,9 +69,12 @@ def window(settings: Settings, source: Source, step: Step) -> str:
         "micro_batches": f"each micro-batch divided by {what}, their sum by {count}",
     }[reduction]
     if not source.cuts_rows:
-        return f"window {count} micro-batches, {divided}"
+        return f"window {counted(count, 'micro-batch', 'micro-batches')}, {divided}"
     rows = settings.data.batch_size
-    return f"window {count} × {rows} rows = {count * rows} rows, {divided}"
+    whole = counted(count * rows, "row")
+    return (
+        f"window {whole}, {divided}" if count == 1 else f"window {count} × {counted(rows, 'row')} = {whole}, {divided}"
+    )
 
 
 def total_windows(settings: Settings, source: Source) -> int | None:

@@ -14,6 +14,11 @@ DRAWN = ("micro_batches", "windows", "epochs")
 TAKEN = ("steps", "rows", "tokens")
 
 
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """A count in words: `1 step`, `1,000 rows`; `more` where its plural is no s more."""
+    return f"{number:,} {one if number == 1 else more or f'{one}s'}"
+
+
 @dataclass(slots=True)
 class Clocks:
     """Named counts. `most` bounds a clock from above without a device read."""

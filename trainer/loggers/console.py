@@ -6,6 +6,7 @@ from threading import RLock
 from time import perf_counter
 from typing import Any, TextIO
 
+from trainer.gradient.clocks import counted
 from trainer.gradient.report import Report
 from trainer.loggers.events import Evaluated, Found, Start, Stop
 from trainer.loggers.rate import Rate
@@ -60,7 +61,7 @@ class Console:
         self._prepare(event.clocks)
         self._total = event.total_windows
         name = f"{screen.paint(event.recipe, 'bold')}: " if event.recipe else ""
-        size = _count(event.parameters, "parameter")
+        size = counted(event.parameters, "parameter")
         screen.line(f"{name}{event.model}, {size}, on {event.device} in {event.precision}")
         screen.line(event.window)
         if event.resumed_from is not None:
@@ -112,7 +113,7 @@ class Console:
         if event.best:
             text += self._screen.paint(", best so far", "green")
         if self._hidden:
-            text += f" ({_count(self._hidden, 'evaluation')} before it not shown)"
+            text += f" ({counted(self._hidden, 'evaluation')} before it not shown)"
             self._hidden = 0
         self._say(text)
 
@@ -145,7 +146,7 @@ class Console:
             self._count_skips()
         stopped, _, by = event.reason.partition("stopped by ")
         screen.line(f"{screen.paint('stopped', 'bold')}{f' by {by}' if by else f': {stopped}'}")
-        facts = [_count(event.clocks.get("steps", 0), "step"), _count(event.skips, "skip"), _seconds(event.seconds)]
+        facts = [counted(event.clocks.get("steps", 0), "step"), counted(event.skips, "skip"), _seconds(event.seconds)]
         training = event.seconds - self._evaluating
         rows = event.clocks.get("rows", 0) - self._first.get("rows", 0)
         if rows > 0 and training > 0:
@@ -179,7 +180,7 @@ class Console:
             steps, rows = rate
             facts.append(f"{rows:,.0f} rows/s" if rows > 0 else f"{steps:,.4g} steps/s")
         if self._skips:
-            facts.append(_count(self._skips, "skip"))
+            facts.append(counted(self._skips, "skip"))
         return ", ".join(facts)
 
     def _count_skips(self) -> None:
@@ -233,10 +234,6 @@ def _bar(screen: Screen, total: int | None, done: int) -> Any:
         ncols=None if screen.columns() > 0 else 79,
         bar_format=known if total else "{n_fmt} windows [{elapsed}{postfix}]",
     )
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def _number(value: float) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.gradient.clocks import counted
 from trainer.gradient.report import Report
 
 
@@ -86,7 +87,8 @@ class Stop:
     """How the gradient did, in words."""
 
     def __repr__(self) -> str:
-        said = [f"{self.reason}: {self.clocks.get('steps', 0)} steps, {self.skips} skips, {self.seconds:.1f} s"]
+        steps = counted(self.clocks.get("steps", 0), "step")
+        said = [f"{self.reason}: {steps}, {counted(self.skips, 'skip')}, {self.seconds:.1f} s"]
         said += [f"{name} {value:.4g}" for name, value in self.metrics.items()]
         if self.best is not None:
             said.append("best {} {:.4g} at step {}".format(*self.best))
