@@ -179,4 +179,4 @@ def test_a_wrong_backward_is_said_at_the_start(monkeypatch, capsys):
 
 
 def test_the_data_of_custom_relu_is_that_of_digits():
-    assert len(trainer_of("recipe=custom_relu")._held_out.tensors[0]) == len(digits.images().evaluation[0])
+    assert len(trainer_of("recipe=custom_relu")._held_out.source.tensors[0]) == len(digits.images().evaluation[0])

@@ -71,7 +71,7 @@ def test_workers_and_a_stop_in_mid_epoch_change_no_bit(tmp_path):
 
     # The schedule's end is told: else it would be that of the six steps.
     short("limits.epochs=3", "limits.steps=6", "schedule.total=12", folder=tmp_path).fit()
-    other = short("limits.epochs=3")
+    other = short("limits.epochs=3", "schedule.total=12")
     other.fit(resume=tmp_path)
     resumed = parameters(other)
     assert other.step.clocks.steps == 12
@@ -81,7 +81,7 @@ def test_workers_and_a_stop_in_mid_epoch_change_no_bit(tmp_path):
 def test_evaluation_leaves_the_held_out_images_where_they_are_and_batchnorm_as_it_was():
     trainer = short("limits.epochs=1")
     held_out = conv.moved_images(held_out=1700).evaluation[0]
-    assert torch.equal(trainer._held_out.tensors[0], held_out)
+    assert torch.equal(trainer._held_out.source.tensors[0], held_out)
     trainer.fit()
     before = parameters(trainer)
     assert trainer.evaluate() == trainer.evaluate()
