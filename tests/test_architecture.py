@@ -12,13 +12,13 @@ PACKAGE = ROOT / "trainer"
 
 # From the lowest room up: a room may import from rooms below it and from its own, never from above.
 LAYERS = [
-    ["errors", "settings", "signals"],
+    ["errors", "settings", "signals", "torchrun"],
     ["gradient.report", "gradient.clocks", "distributed", "kernels", "rng"],
     ["gradient"],
     ["optim", "data", "activations", "diagnose"],
     ["step", "modes", "device"],
     ["evaluate", "checkpoint", "loggers", "diagnose.health", "summary", "due", "certificate"],
-    ["feed", "held_out", "limits"],
+    ["feed", "held_out", "limits", "ranks_of_run"],
     ["loop"],
     ["config", "verbs"],
     ["cli"],

@@ -4,11 +4,13 @@ import itertools
 import json
 import math
 import signal
+import socket
 import threading
 import time
 
 import pytest
 import torch
+from ranks import over_ranks
 from runs import MSE, QUIET, bits, error, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -18,7 +20,7 @@ from trainer import CheckpointError, ConfigError, DataError, DivergedError, Sum,
 from trainer.checkpoint import contents, folder, store
 from trainer.checkpoint.folder import listed
 from trainer.data import order
-from trainer.errors import TrainerWarning
+from trainer.errors import TrainerError, TrainerWarning
 from trainer.optim import sgd
 from trainer.settings import flat_names
 
@@ -574,6 +576,36 @@ def test_timeout() -> None:
     trainer = Trainer(model, MSE, optimizer, data=Hangs(), steps=1, workers=1, timeout=1.5, **QUIET)
     with pytest.raises(DataError, match=r"data\.timeout=1\.5"):
         trainer.fit()
+
+
+def several(rank, world, **settings):
+    trainer, hears = made(distributed="ddp", **settings)
+    compared = []
+    trainer._ranks.compare = lambda: compared.append(trainer.step.clocks.windows)
+    trainer.fit()
+    return hears.started.window if rank == 0 else None, compared, trainer.step.ranks.world_size
+
+
+@tries("distributed", "compare_every", "compare_clock")
+def test_distributed_and_when_ranks_are_compared() -> None:
+    found = over_ranks(several, compare_every=2)
+    assert "2 ranks × 2 rows" in found[0][0]
+    assert [(compared, world) for _, compared, world in found] == [([2, 4], 2)] * 2
+    found = over_ranks(several, compare_every=6, compare_clock="rows")
+    assert [compared for _, compared, _ in found] == [[2, 4, 5]] * 2
+
+
+@tries("distributed_timeout")
+def test_how_long_a_rank_waits_for_the_others() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in alone.items():
+            patch.setenv(name, value)
+        with pytest.raises(TrainerError, match="did not find one another within 1 s"):
+            made(distributed="ddp", distributed_timeout=1.0)
 
 
 def test_every_keyword_has_its_test() -> None:

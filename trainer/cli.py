@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer import torchrun
 from trainer.config import help
 from trainer.errors import CheckpointError, ConfigError, Stopped, TrainerError, TrainerWarning, did_you_mean
 
@@ -40,10 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(error)
         code = error.exit_code
     except Stopped as stop:
-        print(f"{stop.reason}.", file=sys.stderr)
+        if torchrun.is_first():
+            print(f"{stop.reason}.", file=sys.stderr)
         code = stop.exit_code
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C.", file=sys.stderr)
+        if torchrun.is_first():
+            print("stopped by Ctrl-C.", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
         # Nobody reads any more. Without this, Python would complain once more when it flushes at exit.
@@ -64,7 +67,7 @@ def _show_warning(shown: Callable[..., None], message: Warning | str, category: 
 
 def say(error: BaseException | str, before: str = "") -> None:
     """One sentence on stderr."""
-    print(before + " ".join(str(error).split()), file=sys.stderr)
+    print(torchrun.prefix() + before + " ".join(str(error).split()), file=sys.stderr)
 
 
 def _main(words: list[str]) -> int:
@@ -157,11 +160,16 @@ def _with_hydra(verb: str, parser: Any, options: Any) -> int:
             jobs = Jobs(verb, options.config_dir, options.config_name, flags)
             loader.check = jobs.check
             if hydra_app.sweeps(loader, name, options.overrides, options.multirun):
+                if torchrun.world_here() > 1:
+                    raise ConfigError("a sweep runs its jobs in one process: give torchrun the words of one job.")
                 config, done = hydra_app.multirun(hydra, name, options.overrides, jobs.run)
                 best = config.best
                 print("\n".join(sweep.summary(done, config.hydra.sweep.dir, best.metric, best.mode)))
                 return jobs.code or sweep.code(done)
-            overrides = [*options.overrides, *(hydra_app.WRITE_NOTHING if verb != "train" else ())]
+            overrides = [
+                *options.overrides,
+                *(hydra_app.WRITE_NOTHING if verb != "train" or not torchrun.is_first() else ()),
+            ]
             config = hydra_app.compose(loader, name, overrides)
             jobs.check(config)
             hydra_app.run(loader, config, jobs.run)
@@ -229,8 +237,9 @@ class Jobs:
                 value = verbs.evaluate(config, door)
             else:
                 go_on = self._go_on(config.words, folder, overrides)
-                with lock.held(folder):  # a second run must not write over what the first one says of itself
-                    record.write(folder, config.plain, [*_typed(), *overrides, *self._where], go_on)
+                if torchrun.is_first():
+                    with lock.held(folder):  # a second run must not write over what the first one says of itself
+                        record.write(folder, config.plain, [*_typed(), *overrides, *self._where], go_on)
                 value = verbs.train(config, door, folder, go_on)
             if number is not None:
                 print(f"{prefix}{config.settings.best.metric} {value:g}", flush=True)
@@ -246,6 +255,8 @@ class Jobs:
 
             if number is not None:
                 print(f"{prefix}failed", file=sys.stderr)
+            if torchrun.prefix():
+                print(torchrun.prefix(), file=sys.stderr)
             print_users(error)
             failed = Failed(f"{type(error).__name__}: {error}", USERS_OWN)
         self.code = self.code or failed.code
@@ -262,4 +273,6 @@ class Jobs:
 
 def _typed() -> list[str]:
     """The words for `trainer train` as they were typed: a script that calls it says so in the environment."""
+    if torchrun.rank_here() is not None:
+        return shlex.split(torchrun.command())
     return shlex.split(os.environ.get("TRAINER_COMMAND", "trainer train"))

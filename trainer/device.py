@@ -23,11 +23,18 @@ class Placed:
         self._device = device
         self._dtype = dtype
 
+        # A source that can leave out the micro-batches of other ranks still can.
+        self.dealt = self._dealt if hasattr(source, "dealt") else None
+
     def length(self) -> int | None:
         return self._source.length()
 
     def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[Any]:
         batches = self._source.micro_batches(seed, epoch, position)
+        return (place(batch, self._device, self._dtype) for batch in batches)
+
+    def _dealt(self, *place_and_deal: int) -> Iterator[Any]:
+        batches = self._source.dealt(*place_and_deal)  # type: ignore[attr-defined]
         return (place(batch, self._device, self._dtype) for batch in batches)
 
 

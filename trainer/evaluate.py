@@ -12,6 +12,7 @@ import torch
 
 from trainer import modes, rng
 from trainer.diagnose.mistakes import Forward, explain
+from trainer.distributed.ranks import OneProcess, Ranks
 from trainer.errors import ConfigError, DataError, Paused
 from trainer.gradient.objective import MEAN, Sum, terms_of
 from trainer.gradient.precision import autocast
@@ -41,6 +42,18 @@ class Sums:
         self.rng: dict[str, Any] | None = None
 
 
+def summed(ranks: Ranks, own: Sums) -> Sums:
+    """The sums of all ranks, added in their order, so that every rank comes to the same."""
+    plain = [{name: (float(t), float(w)) for name, (t, w) in part.items()} for part in (own.terms, own.metrics)]
+    found = Sums()
+    for rows, terms, metrics in ranks.gather((own.rows, *plain)):
+        found.rows += rows
+        for part, theirs in ((found.terms, terms), (found.metrics, metrics)):
+            for name, (total, weight) in theirs.items():
+                _accumulate(part, name, total, weight)
+    return found
+
+
 class Evaluation:
     """How a model is evaluated.
 
@@ -60,6 +73,7 @@ class Evaluation:
         count_rows: Callable[[Any], int] | None = None,
         precision: str = "fp32",
         device_type: str = "cpu",
+        ranks: Ranks | None = None,
     ) -> None:
         if grad_mode not in _MODES:
             raise ConfigError(f"evaluation.grad_mode={grad_mode!r} is not possible: choose one of {', '.join(_MODES)}.")
@@ -69,6 +83,7 @@ class Evaluation:
         self._coefficients = dict(coefficients or {})
         self._weigher = Weigher(objective, count_rows)
         self._autocast = autocast(precision, device_type)
+        self._ranks: Ranks = ranks or OneProcess()
         self.sums: Sums | None = None
         """Of an evaluation that was paused."""
 
@@ -111,6 +126,8 @@ class Evaluation:
                 sums.position += 1
                 if between is not None:
                     self._look(between, sums)
+            if self._ranks.world_size > 1:
+                sums = summed(self._ranks, sums)
             if not sums.terms:
                 raise DataError("the evaluation data gave no micro-batch: it is empty.")
             terms = sums.terms
@@ -194,6 +211,11 @@ class Evaluation:
                 raise ConfigError(
                     f"metrics['{name}'] is {type(metric).__name__}: a mapping holds torchmetrics objects; for others "
                     "give a function metrics(model, micro_batch) -> {name: Sum(total, weight)}."
+                )
+            if self._ranks.world_size > 1 and not hasattr(metric, "sync_on_compute"):
+                raise ConfigError(
+                    f"metrics['{name}'] is {type(metric).__name__}, which does not sum itself over ranks: give a "
+                    "function metrics(model, micro_batch) -> {name: Sum(total, weight)}."
                 )
         return dict(self._metrics)
 

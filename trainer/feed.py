@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer import rng
 from trainer.checkpoint.run_state import RunState
+from trainer.data.dealt import Dealt, dealt_windows
 from trainer.data.sources import Source, TensorSource
 from trainer.data.windows import FullWindow, Window, windows
 from trainer.errors import DataError
@@ -28,7 +29,7 @@ class Feed:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Dealt,
         accumulation_steps: int,
         state: RunState,
         clocks: Clocks,
@@ -59,7 +60,8 @@ class Feed:
         signals.waiting = True
         self._drawn_from = self._micro_batches()
         signals.waiting = False
-        batches = windows(self._drawn_from, self._accumulation_steps, self._kind())
+        cut = dealt_windows if isinstance(self.source, Dealt) else windows
+        batches = cut(self._drawn_from, self._accumulation_steps, self._kind())
         count = 0
         window = self._first(batches)
         while window is not None:
@@ -128,12 +130,13 @@ class Feed:
 
     def _kind(self) -> type[Window]:
         """Full windows where all targets in memory count, looked at again only where somebody changed them."""
-        if not isinstance(self.source, TensorSource):
+        source = self.source.whole if isinstance(self.source, Dealt) else self.source
+        if not isinstance(source, TensorSource):
             return Window
-        versions = [tensor._version for tensor in self.source.tensors]
+        versions = [tensor._version for tensor in source.tensors]
         if versions != self._looked_at:
             self._looked_at = versions
-            self._is_full = self._weigher.leaves_nothing_out(self.source.tensors)
+            self._is_full = self._weigher.leaves_nothing_out(source.tensors)
         return FullWindow if self._is_full else Window
 
     def _micro_batches(self) -> Iterator[Any]:

@@ -1,14 +1,17 @@
 """The held-out data of a run and its evaluation: whole, or paused where a signal asks for something."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from trainer.data.dealt import NOTHING, Dealt, dealt
 from trainer.data.sources import Source, source_of
 from trainer.device import placed
 from trainer.errors import ConfigError, Paused
 from trainer.evaluate import Evaluation, Metrics
+from trainer.gradient.parameters import named_modules
 from trainer.gradient.precision import width
 from trainer.settings import Settings
 from trainer.signals import Signals
@@ -33,9 +36,10 @@ class HeldOut:
         signals: Signals,
         count_rows: Callable[[Any], int] | None = None,
     ) -> None:
-        self.source: Source | None = None
+        self.source: Source | Dealt | None = None
         if data is not None:
-            self.source = placed(source_of(data, settings.data, evaluation=True), device, width(settings.precision))
+            origin = source_of(data, settings.data, evaluation=True)
+            self.source = dealt(placed(origin, device, width(settings.precision)), origin, step.ranks)
         self.evaluation = Evaluation(
             step.objective,
             metrics,
@@ -44,6 +48,7 @@ class HeldOut:
             count_rows,
             settings.precision,
             device.type,
+            step.ranks,
         )
         self._step = step
         self._signals = signals
@@ -56,7 +61,14 @@ class HeldOut:
                 "there is no evaluation data: give evaluation_data= (in a recipe: the Split's second part)."
             )
         step = self._step
-        return self.evaluation(step.model, lambda done: source.micro_batches(0, 0, done), step.optimizers, between)
+
+        def left(done: int) -> Iterator[Any]:
+            return (batch for batch in source.micro_batches(0, 0, done) if batch is not NOTHING)
+
+        if step.ranks.world_size == 1:
+            return self.evaluation(step.model, left, step.optimizers, between)
+        with _buffers_of_the_first(step):
+            return self.evaluation(step.model, left, step.optimizers)  # one rank must not pause where others do not
 
     def evaluate_anew(self) -> tuple[dict[str, float], int]:
         """The same, whatever was paused before."""
@@ -81,3 +93,30 @@ class HeldOut:
     def _look(self) -> None:
         if self._signals.asked:
             raise Paused
+
+
+@contextmanager
+def _buffers_of_the_first(step: Step) -> Iterator[None]:
+    """All ranks evaluate the model that the first one saves: with its buffers (BatchNorm's are each rank's own)."""
+    own = {
+        f"{prefix}.{name}": buffer
+        for prefix, module in named_modules(step.model).items()
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+    if not own:
+        yield
+        return
+    first = step.ranks.rank == 0
+    theirs = step.ranks.gather({name: buffer.cpu() for name, buffer in own.items()} if first else None)[0]
+    before = {} if first else {name: buffer.clone() for name, buffer in own.items()}
+    _copy(own, {name: theirs[name] for name in before})
+    try:
+        yield
+    finally:
+        _copy(own, before)
+
+
+@torch.no_grad()
+def _copy(into: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        into[name].copy_(value)

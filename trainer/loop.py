@@ -11,9 +11,11 @@ from torch import nn
 
 from trainer import modes, rng, summary
 from trainer.checkpoint.run_state import BEST, LAST, RunState
+from trainer.data.dealt import dealt
 from trainer.data.sources import source_of
 from trainer.device import device_of, placed
 from trainer.diagnose.health import Health
+from trainer.distributed.launch import ranks_for
 from trainer.due import Due
 from trainer.errors import ConfigError, DivergedError, GradientError, Paused, Stopped, TrainerError
 from trainer.evaluate import Metrics
@@ -27,6 +29,7 @@ from trainer.limits import Limits
 from trainer.loggers.chosen import chosen
 from trainer.loggers.events import Evaluated, Stop
 from trainer.loggers.together import Together
+from trainer.ranks_of_run import RanksOfRun
 from trainer.settings import Settings, from_flat
 from trainer.signals import Signals
 from trainer.step import Step
@@ -83,6 +86,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.recipe = recipe
         self.config = config or {}
+        ranks = ranks_for(self.settings.distributed, self.settings.device, self.settings.ranks.timeout)
         self._device = device_of(self.settings.device, model)
         dtype = width(self.settings.precision)
         if isinstance(model, nn.Module):
@@ -103,20 +107,23 @@ class Trainer:
             schedule=schedule,
             transforms=transforms,
             skip_if=skip_if,
+            ranks=ranks,
             **self._of_gradient,
         )
         self._signals = Signals(self.settings.checkpoint.grace)
         self._held_out = HeldOut(
             evaluation_data, self.step, metrics, self.settings, self._device, self._signals, count_rows
         )
-        self._loggers = Together([*chosen(self.settings.loggers, self.folder), *loggers])
+        self._loggers = Together([] if ranks.rank else [*chosen(self.settings.loggers, self.folder), *loggers])
         self._health = Health(self.step, self._loggers.found, self.settings)
-        parts = {"evaluation": self._held_out, "health": self._health}
+        parts: dict[str, Any] = {"evaluation": self._held_out, "health": self._health}
+        self._limits = Limits(self.step.clocks)
+        self._ranks = parts["ranks"] = RanksOfRun(self.step, self.settings, self._signals, self._limits)
         self.state = RunState(model, self.step, self.settings, self.folder, self.config, parts)
         self.go_on: str | None = None
         self.last_report: Report | None = None
-        self._limits = Limits(self.step.clocks, self.state)
-        source = placed(source_of(data, self.settings.data), self._device, dtype)
+        origin = source_of(data, self.settings.data)
+        source = dealt(placed(origin, self._device, dtype), origin, ranks)
         window = self.settings.gradient.accumulation_steps
         self._feed = Feed(source, window, self.state, self.step.clocks, self.step.weigher, self._signals)
 
@@ -132,14 +139,15 @@ class Trainer:
             return self._fit(resume, accept)
 
     def _fit(self, resume: str | Path, accept: Collection[str]) -> Stop:
-        self._limits.start(self.settings.limits)
+        self._limits.start(self.settings.limits, self.state)
         resumed = self.state.resume(resume, accept)
         if self.step.is_torn:
             raise GradientError(
                 "the last step was cut off while its parameters were being changed: go on from a checkpoint (resume=)."
             )
         if self.settings.seed is not None and resumed is None and not (self.step.clocks.windows or self.step.is_open):
-            rng.seed_all(self.settings.seed)
+            self._ranks.seed(self.settings.seed)
+        self.state.order_seed = self._ranks.start(self.config, self.state.order_seed)
         notes = [*self.state.notes, *modes.set_train(self.model, self.step.optimizers), *self._health.notes()]
         self._feed.start()
         if self.settings.check is not None and not self.step.clocks.windows:
@@ -195,7 +203,11 @@ class Trainer:
         save = Due(self.settings.checkpoint.every if self.folder else None, self.settings.checkpoint.clock)
         for due in (log, evaluate, save):
             due.start(clocks)
-        ticks, signals, limits = [*self._loggers.ticks, *self.state.ticks], self._signals, self._limits
+        ticks, signals, limits = (
+            [*self._loggers.ticks, *self.state.ticks, *self._ranks.ticks],
+            self._signals,
+            self._limits,
+        )
         report: Report | None = None
         if self.state.owes_evaluation and held_out:
             self._evaluated()
@@ -268,7 +280,7 @@ class Trainer:
         if isinstance(error, TrainerError):
             self.go_on = None  # the same words would come to the same error
         keep = self.state.pause if paused else self.state.finish
-        if self.step.is_torn or isinstance(error, DivergedError):
+        if self.step.is_torn or isinstance(error, DivergedError) or (self._ranks and not paused):
             keep = self.state.leave
         self._stop(self._signals.reason if paused else f"stopped by {name}", keep)
 

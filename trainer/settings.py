@@ -214,6 +214,19 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class RanksSettings:
+    """What holds with several ranks (distributed=ddp)."""
+
+    timeout: float = setting(
+        600.0, "seconds that a rank waits for the others before it ends", flat="distributed_timeout", gt=0
+    )
+    compare_every: int | None = setting(
+        1000, "compare the parameters over ranks every so many ticks of the clock (null: at saves only)", ge=1
+    )
+    compare_clock: Clock = setting("steps", "the clock that comparing follows")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Settings:
     """All toggles of a run, by the sections that the config shows."""
 
@@ -224,6 +237,9 @@ class Settings:
     precision: Precision = setting(
         "fp32",
         "fp32; bf16 and fp16 (autocast, parameters stay float32); bf16_true and fp64 (everything in that dtype)",
+    )
+    distributed: Literal["none", "ddp"] = setting(
+        "none", "none, or ddp: every rank that torchrun starts has the whole model and a part of the data"
     )
     tf32: bool = setting(False, "let CUDA multiply float32 matrices in TF32")
     check: Literal["first_step"] | None = setting(
@@ -238,6 +254,7 @@ class Settings:
     loggers: LoggerSettings = Field(default_factory=LoggerSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     diagnose: DiagnoseSettings = Field(default_factory=DiagnoseSettings)
+    ranks: RanksSettings = Field(default_factory=RanksSettings)
 
 
 T = TypeVar("T")

@@ -28,6 +28,7 @@ class Signals:
 
     Attributes:
         asked: the name of the signal that waits for its answer, or None: one attribute to look at.
+        wait_for_others: whether a signal is only `noted`, as other ranks have to know of it before it is answered.
         waiting: whether the run waits for data, where a signal to stop may raise Paused at once.
 
     Handlers are installed only in the main thread of a program that is not typed at (a notebook, a prompt: there Ctrl-C
@@ -37,6 +38,8 @@ class Signals:
     def __init__(self, grace: float) -> None:
         self.asked: str | None = None
         self.waiting = False
+        self.wait_for_others = False
+        self.noted: str | None = None
         self._grace = grace
         self._ended = False
         self._timed = False
@@ -55,6 +58,7 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.asked, self.waiting, self._ended, self._process = None, False, False, os.getpid()
+        self.noted = None
         if threading.current_thread() is not threading.main_thread() or _is_typed_at():
             return self
         for name, handler in [*((name, self._stop) for name in STOP), *((name, self._save) for name in SAVE)]:
@@ -84,12 +88,13 @@ class Signals:
         if os.getpid() != self._process:
             self._in_child(number)
             return
-        self.asked, self._since = signal.Signals(number).name, time.monotonic()
+        self._note(signal.Signals(number).name)
+        self._since = time.monotonic()
         for other in STOP:
             if getattr(signal, other) in self._former:
                 again = self._again if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL
                 signal.signal(getattr(signal, other), again)
-        if self._ended:
+        if self._ended or self.wait_for_others:
             return
         if hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
             self._former[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._over)
@@ -97,6 +102,12 @@ class Signals:
             signal.setitimer(signal.ITIMER_REAL, self._grace)
         if self.waiting:
             raise Paused
+
+    def _note(self, name: str) -> None:
+        if self.wait_for_others:
+            self.noted = name
+        else:
+            self.asked = name
 
     def _in_child(self, number: int) -> None:
         """A process that was forked from the run inherits the handler: it leaves Ctrl-C to its parent."""
@@ -112,8 +123,8 @@ class Signals:
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if not self.to_stop:
-            self.asked = signal.Signals(number).name
+        if not self.to_stop and self.noted not in STOP:
+            self._note(signal.Signals(number).name)
 
     def _over(self, number: int, frame: FrameType | None) -> None:
         """The grace time is over, and no boundary was reached."""

@@ -98,7 +98,7 @@ class Step:
         self._skip_if = skips.checked(skip_if)
         self._is_watched = bool(transforms) or skip_if is not None
         self._inspector = Inspector(self.settings.nonfinite == "allow", self.device)
-        self._reducer = reducer_for(self.ranks, self.settings, self.weigher, self.device)
+        self.reducer = reducer_for(self.ranks, self.settings, self.weigher, self.device)
         self._open: OpenWindow | None = None
         self._aside: Aside = []
         self._expected: dict[str, float] = {}
@@ -114,7 +114,7 @@ class Step:
         the window is cancelled: parameters, buffers and optimizer are as they were before it. `between` is called
         between two micro-batches; when it raises Paused, the window stays open, for a later call or for `state_dict`.
         """
-        if not len(window) and self._reducer is None:
+        if not len(window) and self.reducer is None:
             raise ConfigError("the window holds no micro-batch: there is nothing to step on.")
         done = 0
         if self._open is not None:
@@ -181,8 +181,8 @@ class Step:
 
     def finish(self, norms: bool = False) -> Report:
         """End the window: in a step, or in a skip that leaves parameters, buffers and optimizer state as they were."""
-        open_ = self._begin(None) if self._open is None and self._reducer is not None else self._open
-        if open_ is None or (self._reducer is None and not open_.micro_batches):
+        open_ = self._begin(None) if self._open is None and self.reducer is not None else self._open
+        if open_ is None or (self.reducer is None and not open_.micro_batches):
             raise ConfigError("finish() came without an open window: call accumulate(micro_batch) before it.")
         open_.check_whole()
         try:
@@ -203,8 +203,8 @@ class Step:
         if self._open is None:
             raise ConfigError("gradient() came without an open window: call accumulate(micro_batch) before it.")
         self._open.check_whole()
-        if self._reducer is not None:
-            self._reducer.close(self._open, self.parameters, self._trace)
+        if self.reducer is not None:
+            self.reducer.close(self._open, self.parameters, self._trace)
         gradients = self.parameters.gradients()
         norms.scale(list(gradients.values()), self._unscale(self._open, gradients))
         return {name: gradient.clone() for name, gradient in self.parameters.gradients().items()}
@@ -222,13 +222,13 @@ class Step:
         return self._open
 
     def _window(self, drawn: Sequence[Any] | None) -> OpenWindow:
-        opening = None if self._reducer is None else self._reducer.open(drawn, self._expected, self.parameters)
+        opening = None if self.reducer is None else self.reducer.open(drawn, self._expected, self.parameters)
         return OpenWindow(self.settings, self.weigher, drawn, self._expected, self._scale.value, opening)
 
     def _finish(self, open_: OpenWindow, norm_wanted: bool) -> Report:
         settings = self.settings
-        if self._reducer is not None:
-            self._reducer.close(open_, self.parameters, self._trace)  # all_reduce
+        if self.reducer is not None:
+            self.reducer.close(open_, self.parameters, self._trace)  # all_reduce
         check(self._trace, open_, self.ranks.world_size)
         if settings.coefficients and not self.clocks.windows:
             open_.check_coefficients()
@@ -256,7 +256,7 @@ class Step:
         elif bool(bad):
             overflow = self._scale.blame(open_, gradients)
             report._overflowed = overflow is not None
-            self._skip(report, overflow or why(open_, gradients, report, self._reducer))
+            self._skip(report, overflow or why(open_, gradients, report, self.reducer))
             report._diverged = overflow is None and report._reason != skips.ZERO_WEIGHT
         elif self._skip_if is not None and (asked := skips.asked(self._skip_if, report, self.ranks)):
             self._skip(report, asked)
@@ -317,7 +317,7 @@ class Step:
         self._buffers.put_back(bad)
         put_back(self._aside, bad)
         report._skipped = bad
-        bad_ranks = None if self._reducer is None else self._reducer.bad_ranks
+        bad_ranks = None if self.reducer is None else self.reducer.bad_ranks
         report._reason = lambda: reason_on_device(report, bad_ranks)
         self._scale.follow(1.0 - bad, report._overflowed)
         self.clocks.draw(report.micro_batches)
@@ -335,7 +335,7 @@ class Step:
         self.skips_in_a_row = self.skips_in_a_row + (not report._overflowed)
 
     def _release(self, open_: OpenWindow, report: Report) -> None:
-        if open_.drawn is None or self._reducer is not None:
+        if open_.drawn is None or self.reducer is not None:
             self._expected = open_.denominators()
         report._clocks = self.clocks.snapshot()
         self._buffers.release()

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
+from trainer.data.dealt import Dealt
 from trainer.data.sources import Source
 from trainer.gradient.clocks import counted
 from trainer.gradient.model_loss import ModelLoss
 from trainer.gradient.narrow import NARROW
 from trainer.gradient.objective import Supervised
+from trainer.gradient.parameters import named_modules
 from trainer.gradient.precision import slow_here
 from trainer.loggers.events import Start
 from trainer.optim.update import could_be_fused
@@ -20,7 +23,7 @@ from trainer.step import Step
 
 def start(
     step: Step,
-    source: Source,
+    source: Source | Dealt,
     settings: Settings,
     also: Sequence[str],
     resumed: Path | None,
@@ -54,7 +57,7 @@ def parameter_count(step: Step) -> int:
     )
 
 
-def window(settings: Settings, source: Source, step: Step) -> str:
+def window(settings: Settings, source: Source | Dealt, step: Step) -> str:
     """`window 4 × 64 rows = 256 rows, divided by rows`."""
     count = settings.gradient.accumulation_steps
     reduction = settings.gradient.reduction
@@ -66,20 +69,21 @@ def window(settings: Settings, source: Source, step: Step) -> str:
     divided = {
         "mean": f"divided by {what}",
         "sum": "not divided",
-        "micro_batches": f"each micro-batch divided by {what}, their sum by {count}",
+        "micro_batches": f"each micro-batch divided by {what}, their sum by {count * step.ranks.world_size}",
     }[reduction]
+    ranks = step.ranks.world_size
+    many = "" if ranks == 1 else f"{ranks} ranks × "
     if not source.cuts_rows:
-        return f"window {counted(count, 'micro-batch', 'micro-batches')}, {divided}"
+        return f"window {many}{counted(count, 'micro-batch', 'micro-batches')}, {divided}"
     rows = settings.data.batch_size
-    whole = counted(count * rows, "row")
-    return (
-        f"window {whole}, {divided}" if count == 1 else f"window {count} × {counted(rows, 'row')} = {whole}, {divided}"
-    )
+    whole = counted(ranks * count * rows, "row")
+    factors = f"{many}{'' if count == 1 else f'{count} × '}{counted(rows, 'row')}"
+    return f"window {whole}, {divided}" if ranks * count == 1 else f"window {factors} = {whole}, {divided}"
 
 
-def total_windows(settings: Settings, source: Source) -> int | None:
+def total_windows(settings: Settings, source: Source | Dealt) -> int | None:
     """How many windows the run will draw, where its limits tell."""
-    length = source.length()
+    length = source.rounds() if isinstance(source, Dealt) else source.length()
     by_epochs = None
     if settings.limits.epochs is not None and length is not None:
         by_epochs = settings.limits.epochs * -(-length // settings.gradient.accumulation_steps)
@@ -87,7 +91,7 @@ def total_windows(settings: Settings, source: Source) -> int | None:
     return min(known) if known else None
 
 
-def notes(step: Step, source: Source, settings: Settings) -> Sequence[str]:
+def notes(step: Step, source: Source | Dealt, settings: Settings) -> Sequence[str]:
     """What was assumed, and what the user may want to know; a sentence each."""
     said = []
     if not isinstance(step.objective, Supervised) and not step.weigher.declares:
@@ -115,8 +119,22 @@ def notes(step: Step, source: Source, settings: Settings) -> Sequence[str]:
         said.append(slow)
     if not step.rates.defers:
         said.append("the schedule is a torch LRScheduler: on a device it costs one read a step.")
-    length = source.length()
+    if isinstance(source, Dealt):
+        said += [*source.notes(), *_of_ranks(step)]
+    length = source.rounds() if isinstance(source, Dealt) else source.length()
     ragged = length is not None and length % settings.gradient.accumulation_steps
     if ragged:
         said.append(f"the last window of an epoch holds {ragged} micro-batches; it is divided by its own weight.")
     return said
+
+
+def _of_ranks(step: Step) -> list[str]:
+    """What does not go over ranks."""
+    if not any(
+        isinstance(module, _NormBase) and module.track_running_stats for module in named_modules(step.model).values()
+    ):
+        return []
+    return [
+        "BatchNorm: each rank normalises by its own micro-batches and has its own running statistics; the first rank's "
+        "are saved and evaluated with. On CUDA torch.nn.SyncBatchNorm normalises over all of them."
+    ]

@@ -2,12 +2,16 @@
 
 import math
 import sys
+from contextlib import AbstractContextManager
 from json import dumps as encode
 from pathlib import Path
 
+from trainer import torchrun
 from trainer.config.build import build
 from trainer.config.door import Door
 from trainer.config.schema import RunConfig
+from trainer.distributed.launch import joined
+from trainer.distributed.ranks import Ranks
 from trainer.errors import ConfigError, WrongGradientError
 from trainer.loggers.files import make_folder
 from trainer.loggers.tensorboard import write_graph
@@ -16,13 +20,14 @@ from trainer.loggers.tensorboard import write_graph
 def train(config: RunConfig, door: Door, folder: Path, go_on: str) -> float:
     """Train into the folder; `go_on` are the words that go on with it. Returns the metric that `best` names."""
     words = config.words
-    trainer = build(config, door, folder)
-    trainer.go_on = go_on
-    if words.init is not None:
-        trainer.load(words.init)
-    resume = words.resume or ("auto" if words.run is not None else "never")
-    stop = trainer.fit(resume, accept=words.accept)
-    return stop.metrics.get(config.settings.best.metric, math.nan)
+    with _ranks(config) as ranks:
+        trainer = build(config, door, Path(ranks.gather(folder.as_posix())[0]))
+        trainer.go_on = go_on
+        if words.init is not None:
+            trainer.load(words.init)
+        resume = words.resume or ("auto" if words.run is not None else "never")
+        stop = trainer.fit(resume, accept=words.accept)
+        return stop.metrics.get(config.settings.best.metric, math.nan)
 
 
 def evaluate(config: RunConfig, door: Door) -> float:
@@ -31,24 +36,29 @@ def evaluate(config: RunConfig, door: Door) -> float:
     Returns the metric that `best` names.
     """
     path = _checkpoint(config)
-    trainer = build(config, door)
-    if path is not None:
-        trainer.load(path)
-    metrics = trainer.evaluate()
+    with _ranks(config):
+        trainer = build(config, door)
+        if path is not None:
+            trainer.load(path)
+        metrics = trainer.evaluate()
     what = str(path) if path is not None else "a fresh model"
     lines = [f"  {name} {value:.6g}\n" for name, value in metrics.items()]
-    sys.stdout.write("".join([f"{config.words.recipe or 'evaluation'}: {what}\n", *lines]))
+    if torchrun.is_first():
+        sys.stdout.write("".join([f"{config.words.recipe or 'evaluation'}: {what}\n", *lines]))
     return metrics.get(config.settings.best.metric, math.nan)
 
 
 def check(config: RunConfig, door: Door, json: bool = False) -> int:
     """Print the certificate of the first window's gradient, as the config has it computed. Returns the exit code."""
     path = _checkpoint(config)
-    trainer = build(config, door)
-    if path is not None:
-        trainer.load(path)
-    certificate = trainer.certify()
-    if json:
+    with _ranks(config):
+        trainer = build(config, door)
+        if path is not None:
+            trainer.load(path)
+        certificate = trainer.certify()
+    if not torchrun.is_first():
+        pass
+    elif json:
         sys.stdout.write(encode({"recipe": config.words.recipe, **certificate.as_dict()}) + "\n")
     else:
         what = "one window's gradient as it is configured, against the reference"
@@ -72,6 +82,11 @@ def graph(config: RunConfig, door: Door, out: Path | None = None, all: bool = Fa
         write_graph(folder, drawn.picture)
         sys.stdout.write(f"  {path}\n  and for TensorBoard's GRAPHS tab: tensorboard --logdir {folder.as_posix()}\n")
     return float(len(drawn.picture.boxes))
+
+
+def _ranks(config: RunConfig) -> AbstractContextManager[Ranks]:
+    settings = config.settings
+    return joined(settings.distributed, settings.device, settings.ranks.timeout)
 
 
 def _checkpoint(config: RunConfig) -> Path | None:

@@ -55,7 +55,7 @@ class RunState:
         self._step = step
         self._settings = settings
         self._folder = run
-        self._saving = None if run is None else Saving(run, settings.checkpoint)
+        self._saving = None if run is None or step.ranks.rank else Saving(run, settings.checkpoint)
         self._config = changes.config_of(config, settings)
         self._parts = dict(parts or {})
         self.notes: list[str] = []
@@ -129,9 +129,11 @@ class RunState:
 
         Raises CheckpointError; what was saved before stays.
         """
-        if self._saving is None:
+        if self._folder is None:
             raise ConfigError("there is no folder to save into: give folder=.")
         parts = {name: part.state_dict() for name, part in self._parts.items()}
+        if self._saving is None:
+            return  # another rank writes; what goes into it of this one, the parts have given
         run = {name: getattr(self, name) for name in _OWN} | {"parts": parts, "machine": self._machine()}
         state = contents.take(self._model, self._step, run, self._config)
         best = None if name != BEST or self.best is None else (self.best[0], self.best[1])
@@ -164,7 +166,7 @@ class RunState:
             return path
         if self._folder is None:
             raise ConfigError(f'resume="{resume}" needs the folder that the run was saved in: give folder=.')
-        newest, state, damaged = store.newest(self._folder)
+        newest, state, damaged = self._newest(self._folder)
         self.notes += [f"passed over: {error}" for error in damaged]
         if newest is not None:
             self._load(newest, state, accept)
@@ -173,6 +175,13 @@ class RunState:
         elif str(resume) == "last":
             raise CheckpointError(f"{self._folder} holds no checkpoint to go on from: resume=auto begins anew.")
         return newest
+
+    def _newest(self, run: Path) -> tuple[Path | None, dict[str, Any], list[CheckpointError]]:
+        """The newest checkpoint that is whole, the same on every rank: the first one chooses."""
+        ranks = self._step.ranks
+        newest, state, damaged = store.newest(run) if ranks.rank == 0 else (None, {}, [])
+        chosen, damaged = ranks.gather((newest, damaged))[0]
+        return chosen, state if chosen == newest else store.load(chosen), damaged
 
     def _begin_anew(self) -> None:
         """What another run has saved here is put aside: it must not be taken for this one's."""
@@ -214,14 +223,18 @@ class RunState:
                 self.save(LAST)
             if self._saving is not None:
                 self._saving.wait()
+            self._step.ranks.gather(None)  # what comes next may read what the first rank has written
         finally:
-            finished.save_finished_model(self._folder / finished.MODEL, self._model, self._step.optimizers)
+            if self._saving is not None:
+                finished.save_finished_model(self._folder / finished.MODEL, self._model, self._step.optimizers)
 
     def pause(self) -> None:
         """Write the state of a run that will be gone on with. Raises CheckpointError."""
-        if self._saving is not None and (self._step.clocks.windows or self._step.is_open):
+        if self._folder is not None and (self._step.clocks.windows or self._step.is_open):
             self.save(LAST)
-            self._saving.wait()
+            if self._saving is not None:
+                self._saving.wait()
+            self._step.ranks.gather(None)
 
     def leave(self) -> None:
         """Write nothing: what was saved before is better."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer import torchrun
 from trainer.config.door import Door
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError, did_you_mean
@@ -143,7 +144,8 @@ def _of_epochs(config: RunConfig, clock: str, epochs: int, train: Any) -> int | 
     source = source_of(train, settings.data)
     length = source.length()
     if clock == "steps" and length is not None:
-        return epochs * math.ceil(length / settings.gradient.accumulation_steps)
+        ranks = torchrun.world_here() if settings.distributed != "none" else 1
+        return epochs * math.ceil(math.ceil(length / ranks) / settings.gradient.accumulation_steps)
     if clock == "rows" and source.cuts_rows and length is not None:
         rows = len(train[0]) if isinstance(train, tuple) else len(train)
         return epochs * (rows - rows % settings.data.batch_size if settings.data.drop_last else rows)

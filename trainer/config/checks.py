@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from trainer import torchrun
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 
@@ -37,6 +38,7 @@ def check(config: RunConfig, verb: str, recipes: Iterable[str]) -> None:
     for package in words.trust:
         if not package.isidentifier():
             raise ConfigError(f"trust={package!r} is not possible: name a package without dots.")
+    torchrun.check(settings.distributed, f"{torchrun.command(verb)} recipe={words.recipe} distributed=ddp")
     if verb != "train":
         return
     if all(getattr(settings.limits, name) is None for name in _ENDS):

@@ -65,6 +65,14 @@ class IterableSource:
         return told(self._iterable) if self._generator is None else watched(self._iterable, self._timeout)
 
 
+def splits_itself(source: Any) -> bool:
+    """Whether it is a DataLoader whose sampler gives each rank rows of its own, as torch's DistributedSampler does."""
+    iterable = source._iterable if isinstance(source, IterableSource) else None
+    batches = getattr(iterable, "batch_sampler", None)
+    samplers = (getattr(iterable, "sampler", None), batches, getattr(batches, "sampler", None))
+    return any(hasattr(sampler, "num_replicas") for sampler in samplers)
+
+
 class ListSource:
     """A list of micro-batches, in its own order."""
 

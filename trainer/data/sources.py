@@ -89,6 +89,15 @@ class TensorSource:
             return self._split(_rows_of(tensor, rows) for tensor in self.tensors)
         return self._piecewise(rows)
 
+    def dealt(self, seed: int, epoch: int, position: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, ...]]:
+        """The same, of every `world_size` micro-batches in a row the `rank`-th."""
+        start = position * self._batch_size
+        if start >= self._rows:
+            return iter(())
+        rows = order(seed, epoch, start, self.rows, self._shuffle)[: self._rows - start]
+        own = rows.split(self._batch_size)[rank::world_size]
+        return self._piecewise(torch.cat(own)) if own else iter(())
+
     def _piecewise(self, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         for piece in rows.split(self._piece):
             yield from self._split(_rows_of(tensor, piece) for tensor in self.tensors)
@@ -141,6 +150,10 @@ class DatasetSource:
         return -(-self._rows // self._batch_size)
 
     def micro_batches(self, seed: int, epoch: int, position: int) -> Iterator[Any]:
+        return self.dealt(seed, epoch, position, 0, 1)
+
+    def dealt(self, seed: int, epoch: int, position: int, rank: int, world_size: int) -> Iterator[Any]:
+        """The same, of every `world_size` micro-batches in a row the `rank`-th."""
         start = position * self._batch_size
         if start >= self._rows:
             return iter(())
@@ -148,7 +161,7 @@ class DatasetSource:
         # The loader draws its workers' seeds from a generator: given one, it leaves the global RNG alone.
         generator = torch.Generator()
         generator.manual_seed(mixed(seed, epoch, 1))
-        batches = [batch.tolist() for batch in rows.split(self._batch_size)]
+        batches = [batch.tolist() for batch in rows.split(self._batch_size)[rank::world_size]]
         workers = self._settings.workers
         dataset = of_epoch(self._dataset, seed, epoch)
         if len(dataset) != self._total:

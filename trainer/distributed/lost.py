@@ -16,7 +16,7 @@ _ROLL_CALL = 1.0
 _ALIVE, _LAST_WORDS = "trainer/alive/{}", "trainer/last_words/{}"
 
 
-def leave(rank: int, words: str) -> None:
+def last_words(rank: int, words: str) -> None:
     """A rank that ends by an error says why, where the others will look for it."""
     store = _store()
     if store is not None:

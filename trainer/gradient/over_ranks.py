@@ -5,7 +5,7 @@ After the last backward every rank sends one flat buffer: in front what it count
 decided afterwards is decided by every rank from the same numbers. A rank whose window is empty sends zeros.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +29,16 @@ from trainer.settings import GradientSettings
 # In front: whether there is a term without a place yet, micro-batches, rows, tokens.
 _FRONT = 4
 # What a rank's own number is made of: its loss and its gradient, where they are not finite, and what it asks.
-_LOSS, _GRADIENT, _STOP = 1, 2, 4
+_LOSS, _GRADIENT, _ASKED = 1, 2, 4
 
 
 class Reducer:
     """What a step with other ranks has beside its window.
 
     Attributes:
-        stop: what this rank asks of all at the window's end (0: nothing); a small whole number.
-        stops: what every rank asked at the last window's end.
+        ask: what this rank asks of all at the window's end (0: nothing), a small whole number.
+        asked: what every rank asked at the last window's end.
+        bad_ranks: on a device, a number for each rank, not 0 where its loss or gradient was not finite.
         trace: of the last window; the sums of its gradient are counted in it.
     """
 
@@ -54,9 +55,9 @@ class Reducer:
         self._one = torch.ones((), device=device)
         self._wrong: list[str] = []
         self.bad_ranks: Tensor | None = None
-        self.stop = 0
+        self.ask: Callable[[], int] = int
         self.trace = Trace()
-        self.stops: list[int] = [0] * ranks.world_size
+        self.asked: list[int] = []
 
     def open(self, drawn: Sequence[Any] | None, expected: dict[str, float], parameters: Trained) -> Opening:
         """A window begins: what it weighs goes to the other ranks."""
@@ -143,7 +144,7 @@ class Reducer:
         """(numbers of the host, the terms' sums)."""
         terms = [local.get(name, NOTHING) for name in self._names]
         slots = [0.0] * self._ranks.world_size
-        slots[self._ranks.rank] = _STOP * self.stop + (self._bad(window, gradients) if self._reads else 0.0)
+        slots[self._ranks.rank] = _ASKED * self.ask() + (self._bad(window, gradients) if self._reads else 0.0)
         one = self._ranks.world_size + 1.0
         present = [
             0.0 if name not in gradients else 1.0 if gradients[name].layout is torch.strided else one for name in layout
@@ -209,7 +210,7 @@ class Reducer:
         world, count = self._ranks.world_size, len(self._names)
         window.summed = summed = Summed((int(facts[1]), int(facts[2]), int(facts[3])))
         slots = [int(slot) for slot in facts[_FRONT : _FRONT + world]]
-        self.stops = [slot // _STOP for slot in slots]
+        self.asked = [slot // _ASKED for slot in slots]
         if self._reads:
             window.losses_are_finite = not any(slot & _LOSS for slot in slots)
             sums: list[Number] = list(facts[-2 * count :])
