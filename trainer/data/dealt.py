@@ -90,8 +90,8 @@ class Dealt:
             own = deal(seed, epoch, position, *self._deal)
             return _filled(lambda: own, -(-(length - position) // self.world_size))
         else:
-            batches = _every(self.whole.micro_batches(seed, epoch, position), *self._deal)
-        # Whatever order the data draws for the epoch must be the same on every rank.
+            batches = _every(lambda: self.whole.micro_batches(seed, epoch, position), *self._deal)
+        # Whatever order the data draws as its walk begins must be the same on every rank.
         with rng.preserved():
             rng.seed_all(mixed(seed, epoch, 3))
             first = next(batches, _END)
@@ -109,14 +109,14 @@ def dealt_windows(batches: Iterator[Any], accumulation_steps: int, kind: type[Wi
         yield kind(batch for batch in taken if batch is not NOTHING)
 
 
-def _filled(batches: Callable[[], Iterator[Any]], count: int) -> Iterator[Any]:
+def _filled(walk: Callable[[], Iterator[Any]], count: int) -> Iterator[Any]:
     """As many as `count`, with NOTHING behind the last."""
-    own = batches()
-    yield from itertools.islice(itertools.chain(own, itertools.repeat(NOTHING)), max(count, 0))
+    yield from itertools.islice(itertools.chain(walk(), itertools.repeat(NOTHING)), max(count, 0))
 
 
-def _every(batches: Iterator[Any], rank: int, world_size: int) -> Iterator[Any]:
+def _every(walk: Callable[[], Iterator[Any]], rank: int, world_size: int) -> Iterator[Any]:
     """Of every `world_size` micro-batches the `rank`-th; all of them are walked."""
+    batches = walk()
     while True:
         own: Any = NOTHING
         count = 0
