@@ -1,23 +1,25 @@
 """What each toggle costs, as ratios on this machine, in a minute or two. python docs/toggles/cost.py
 
 Two things that differ in one toggle take turns, 15 times each, on one thread; what is printed is the median CPU time of
-the second over that of the first (of what waits for a disk: the time on the wall). `digits` is that recipe's model on
-32 of its images; `deep` has 12 layers of 512 and 256 rows, so that there the arithmetic is what takes the time.
+the second over that of the first (of a checkpoint: milliseconds of the step's thread and of the processor). `digits`
+is that recipe's model on 32 of its images; `deep` has 12 layers of 512 and 256 rows, so that there the arithmetic is
+what takes the time.
 """
 
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from time import perf_counter, process_time
+from time import process_time, thread_time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from trainer.recipes import digits
+from trainer.recipes import char_lm, digits
 
 from trainer import Step, Trainer, supervised
+from trainer.checkpoint.run_state import LAST
 from trainer.data import source_of
 from trainer.evaluate import Evaluation
 from trainer.gradient.precision import width
@@ -124,6 +126,29 @@ def fit(**settings: Any) -> Callable[[], None]:
     return run
 
 
+def save(name: str, model: nn.Module, objective: Any, batch: tuple[Tensor, Tensor]) -> None:
+    """Write what a save takes of the step's thread, and of the processor until it is on the disk, beside a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimizer = adamw(model.parameters())
+        trainer = Trainer(model, objective, optimizer, data=batch, folder=folder, steps=1, console=False)
+        times: tuple[list[float], list[float], list[float]] = ([], [], [])
+        for turn in range(TURNS + 2):
+            began = thread_time()
+            trainer.step([batch])
+            step = thread_time() - began
+            with trainer.state.opened():
+                began, all_began = thread_time(), process_time()
+                trainer.state.save(LAST)
+                own = thread_time() - began
+            if turn > 1:
+                for index, seconds in enumerate((step, own, process_time() - all_began)):
+                    times[index].append(seconds)
+    step, own, whole = (1000 * statistics.median(each) for each in times)
+    figures = f"ms of a step {step:.1f}, of a save {own:.1f}, until it is written {whole:.1f}"
+    sys.stdout.write(f"checkpoints: {name}, {figures}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     compare("accumulation: 4 x 8 rows over 1 x 32, digits", steps(), steps(parts=4))
@@ -166,7 +191,9 @@ def main() -> None:
     written = {"tensorboard": True, "metrics_file": True}
     compare("loggers: both files every 50 steps over none", fit(), fit(**written))
     compare("loggers: both files every step over none", fit(), fit(**written, log_every=1))
-    compare("checkpoints: after every epoch over none", fit(), fit(checkpoint_every=1), perf_counter)
+    save("digits", digits.mlp(), LOSS, (DATA.train[0][:32], DATA.train[1][:32]))
+    symbols = torch.randint(0, char_lm.SYMBOLS, (16, 128))
+    save("char_lm", char_lm.Transformer(length=128, depth=2), char_lm.NextCharacter(), (symbols, symbols))
     compare("data: a dataset of items over tensors", epoch(DATA.train), epoch(Items()))
     loader = DataLoader(TensorDataset(*DATA.train), batch_size=32, shuffle=True)
     compare("data: a DataLoader over tensors", epoch(DATA.train), epoch(loader))
