@@ -145,7 +145,7 @@ FREEZE = {"_target_": "trainer.gradient.transforms.freeze", "match": "hidden.*",
 @pytest.mark.parametrize("nodes", [[NOISE, FREEZE], {"shake": NOISE, "no": None, "hold": FREEZE}])
 def test_gradient_transforms_come_in_their_order_as_a_list_or_by_names(nodes):
     trainer = built(gradient_transforms=nodes)
-    assert [type(one).__name__ for one in trainer.step._transforms._all] == ["Noise", "Freeze"]
+    assert [type(one).__name__ for one in trainer.step.transforms._all] == ["Noise", "Freeze"]
     before = [p.detach().clone() for p in trainer.model.hidden.parameters()]
     trainer.fit()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.hidden.parameters(), strict=True))
@@ -154,7 +154,7 @@ def test_gradient_transforms_come_in_their_order_as_a_list_or_by_names(nodes):
 def test_the_schedule_of_the_noise_is_a_node_of_its_own():
     schedule = {"_target_": "trainer.optim.schedules.linear", "total": 4, "clock": "rows"}
     trainer = built(gradient_transforms=[NOISE | {"schedule": schedule}])
-    assert trainer.step._transforms._all[0]._clock == "rows"
+    assert trainer.step.transforms._all[0]._clock == "rows"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainer import Step, Trainer, summary, supervised
 from trainer.data import source_of
+from trainer.gradient.report import FREE_READS
+from trainer.gradient.transforms import centralise, noise
 from trainer.optim import adamw, cosine, sgd
 from trainer.settings import from_flat
 
@@ -176,3 +178,20 @@ def test_narrow_parameters_without_masters_and_a_slow_precision_are_said(monkeyp
         found = summary.notes(step, source_of(rows(16), settings.data), settings)
         assert len(found) == len(notes)
         assert all(note.endswith(end) for note, end in zip(found, notes, strict=True))
+
+
+def test_what_changes_the_gradient_is_named_and_that_a_device_waits_for_it() -> None:
+    settings = from_flat({"batch_size": 16})
+    for free in (True, False):
+        model = nn.Linear(3, 1)
+        step = Step(
+            model, MSE, sgd(model.parameters()), transforms=[noise(0.1), centralise()], skip_if=lambda report: None
+        )
+        if not free:
+            FREE_READS.discard("cpu")
+        try:
+            (note,) = summary.notes(step, source_of(rows(16), settings.data), settings)
+        finally:
+            FREE_READS.add("cpu")
+        waits = "" if free else ": the host waits for the verdict once a step"
+        assert note == f"the gradient goes through Noise, Centralise and skip_if may leave a step out{waits}."

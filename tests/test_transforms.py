@@ -327,7 +327,7 @@ def test_a_run_with_noise_goes_on_bit_for_bit(tmp_path: Path) -> None:
     rest.fit(resume="auto")
     assert differing(state_of(whole.model), state_of(rest.model)) == []
     apart = trainer(None, 9)
-    apart.step._transforms._all[0]._seed = 5
+    apart.step.transforms._all[0]._seed = 5
     apart.fit()
     assert differing(state_of(whole.model), state_of(apart.model)) != []
 
@@ -466,3 +466,32 @@ def test_clipping_some_by_norm_and_others_by_value(order: float) -> None:
             torch.testing.assert_close(twice[name], gradient[name], rtol=1e-9, atol=1e-12)
             if name not in first:
                 torch.testing.assert_close(gradient[name], TRUE[name].clamp(-threshold, threshold))
+
+
+# A device, where nothing is read for nothing.
+
+
+@pytest.mark.parametrize("zero_grad", ["set_to_none", "zeros", "never"])
+@pytest.mark.parametrize("toggles", [{"clip_norm": 0.5}, {"clip_adaptive": 0.05}, {"clip_value": 0.1}])
+def test_where_no_read_is_free_the_same_comes_out(zero_grad: str, toggles: dict[str, float]) -> None:
+    finals = []
+    for free in (True, False):
+        if not free:
+            FREE_READS.discard("cpu")
+        try:
+            model = mlp(torch.float32)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+            shaping = [thaw({"0.*": 3, "2.*": 5}), noise(0.02), centralise(), clip_by_norm(0.8, match="4.*")]
+            step = Step(model, MSE, optimizer, transforms=shaping, zero_grad=zero_grad, **toggles)
+            window = cut(rows(7, torch.float32), [4, 3])
+            bad = [(inputs * math.nan, targets) for inputs, targets in window]
+            reports = [step(bad if index in (0, 4) else window) for index in range(8)]
+            skipped = [report.skipped for report in reports]
+            after = [report.grad_norm_after for report in reports]
+        finally:
+            FREE_READS.add("cpu")
+        assert skipped == [index in (0, 4) for index in range(8)]
+        finals.append((state_of(model, optimizer), after))
+    for name, value in finals[0][0].items():
+        torch.testing.assert_close(finals[1][0][name], value, rtol=1e-4, atol=1e-6)
+    assert finals[0][1] == [None if one is None else pytest.approx(one, rel=1e-4) for one in finals[1][1]]

@@ -94,8 +94,8 @@ class Step:
         self._scale = loss_scale_for(precision, self.settings, self.parameters.by_name, self.device)
         self._buffers = skips.KeptBuffers(model)
         self._clipping = Clipping(self.settings, self.optimizers)
-        self._transforms = Transforms(transforms, self.parameters.by_name, self.settings.nonfinite == "allow")
-        self._skip_if = skips.checked(skip_if)
+        self.transforms = Transforms(transforms, self.parameters.by_name, self.settings.nonfinite == "allow")
+        self.skip_if = skips.checked(skip_if)
         self._is_watched = bool(transforms) or skip_if is not None
         self._inspector = Inspector(self.settings.nonfinite == "allow", self.device)
         self.reducer = reducer_for(self.ranks, self.settings, self.weigher, self.device)
@@ -258,7 +258,7 @@ class Step:
             report._overflowed = overflow is not None
             self._skip(report, overflow or why(open_, gradients, report, self.reducer))
             report._diverged = overflow is None and report._reason != skips.ZERO_WEIGHT
-        elif self._skip_if is not None and (asked := skips.asked(self._skip_if, report, self.ranks)):
+        elif self.skip_if is not None and (asked := skips.asked(self.skip_if, report, self.ranks)):
             self._skip(report, asked)
         else:
             self._step(float(self._clip(gradients, factor, measured, report)), report)  # clip, step
@@ -280,7 +280,7 @@ class Step:
         unscaled = 1.0 / open_.leftover()
         factor: Number = unscaled / open_.loss_scale
         apart = open_.apart()
-        exactly = bool(apart or self._transforms) or self._clipping.exactly or self.settings.zero_grad == "never"
+        exactly = bool(apart or self.transforms) or self._clipping.exactly or self.settings.zero_grad == "never"
         is_one = isinstance(factor, float) and factor == 1.0
         if isinstance(unscaled, Tensor) or unscaled > 1.0 or (exactly and not is_one):
             # A factor above 1 could still overflow: it is applied before the check, not folded behind it.
@@ -291,10 +291,10 @@ class Step:
         return factor
 
     def _clip(self, gradients: dict[str, Tensor], factor: Number, measured: Measured | None, report: Report) -> Number:
-        if self._transforms:
-            gradients = self._transforms(gradients, self.parameters.by_name, report)
+        if self.transforms:
+            gradients = self.transforms(gradients, self.parameters.by_name, report)
             measured = self._clipping.measure(gradients, self.parameters.by_name)
-            report._norm_after = self._transforms.checked(measured.whole, gradients)
+            report._norm_after = self.transforms.checked(measured.whole, gradients)
         return self._clipping(gradients, self.parameters.by_name, factor, measured, report)
 
     def _step(self, factor: float, report: Report) -> None:
@@ -339,8 +339,8 @@ class Step:
             self._expected = open_.denominators()
         report._clocks = self.clocks.snapshot()
         self._buffers.release()
-        if self._transforms:
-            self._transforms.release()
+        if self.transforms:
+            self.transforms.release()
         open_.close()
         self._aside = []
         self._open = None
@@ -383,7 +383,7 @@ class Step:
             put_back(self._aside)
             self._aside = []
             self._buffers.put_back()
-            self._transforms.put_back()
+            self.transforms.put_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Clocks, skips, schedule, and the open window with its gradients: numbers and tensors only.
@@ -405,7 +405,7 @@ class Step:
             "expected": {name: float(weight) for name, weight in self._expected.items()},
             "rates": self.rates.state_dict(),
             "loss_scale": self._scale.state_dict(),
-            "transforms": self._transforms.state_dict(),
+            "transforms": self.transforms.state_dict(),
             "masters": self._narrow.state_dict(self.parameters.by_name),
             "open": window,
             "gradients": saved.save(self.parameters.gradients(), self.settings.zero_grad, window is not None),
@@ -423,13 +423,13 @@ class Step:
         own = self.parameters.by_name
         for part in ("gradients", "aside", "masters"):
             saved.check_fit(state[part], own)
-        self._transforms.check_fit(state["transforms"])
+        self.transforms.check_fit(state["transforms"])
         self.clocks.load_state_dict(state["clocks"])
         self.skips_in_a_row = int(state["skips_in_a_row"])
         self._expected = dict(state["expected"])
         self.rates.load_state_dict(state["rates"])
         self._scale.load_state_dict(state["loss_scale"])
-        self._transforms.load_state_dict(state["transforms"])
+        self.transforms.load_state_dict(state["transforms"])
         self._narrow.load_state_dict(state["masters"], own)
         put_back(saved.load(state["gradients"], own))
         self._open, self._aside, self._moving = None, [], False

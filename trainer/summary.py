@@ -15,6 +15,7 @@ from trainer.gradient.narrow import NARROW
 from trainer.gradient.objective import Supervised
 from trainer.gradient.parameters import named_modules
 from trainer.gradient.precision import slow_here
+from trainer.gradient.report import FREE_READS
 from trainer.loggers.events import Start
 from trainer.optim.update import could_be_fused
 from trainer.settings import Settings
@@ -119,6 +120,7 @@ def notes(step: Step, source: Source | Dealt, settings: Settings) -> Sequence[st
         said.append(slow)
     if not step.rates.defers:
         said.append("the schedule is a torch LRScheduler: on a device it costs one read a step.")
+    said += _changed(step)
     if isinstance(source, Dealt):
         said += [*source.notes(), *_of_ranks(step)]
     length = source.rounds() if isinstance(source, Dealt) else source.length()
@@ -138,3 +140,11 @@ def _of_ranks(step: Step) -> list[str]:
         "BatchNorm: each rank normalises by its own micro-batches and has its own running statistics; the first rank's "
         "are saved and evaluated with. On CUDA torch.nn.SyncBatchNorm normalises over all of them."
     ]
+
+
+def _changed(step: Step) -> list[str]:
+    """What stands between the true gradient and the optimizer besides a clip."""
+    what = [f"the gradient goes through {', '.join(step.transforms.names)}"] if step.transforms else []
+    what += ["skip_if may leave a step out"] if step.skip_if is not None else []
+    waits = step.device.type not in FREE_READS
+    return [f"{' and '.join(what)}{': the host waits for the verdict once a step' if waits else ''}."] if what else []

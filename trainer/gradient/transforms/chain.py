@@ -51,6 +51,10 @@ class Transforms:
     def __len__(self) -> int:
         return len(self._all)
 
+    @property
+    def names(self) -> list[str]:
+        return [_name(transform) for transform in self._all]
+
     def _bind(self, parameters: Mapping[str, Tensor]) -> None:
         self._bound = parameters
         for transform in self._all:
@@ -81,9 +85,8 @@ class Transforms:
         """The norm of what they left. Raises GradientError where they made a finite gradient infinite or NaN."""
         if not self._allow and not math.isfinite(norm):
             bad = nonfinite_names(gradients)
-            names = ", ".join(_name(transform) for transform in self._all)
             raise GradientError(
-                f"the gradient was finite, and after its transforms ({names}) "
+                f"the gradient was finite, and after its transforms ({', '.join(self.names)}) "
                 f"{f'that of {bad[0]} is not' if bad else 'it is too large for its norm'}: the step was not taken."
             )
         return norm
