@@ -116,6 +116,19 @@ def test_a_value_that_is_not_finite_is_a_gap_and_is_counted(tmp_path: Path) -> N
     assert board.nonfinite == 5
 
 
+def test_what_a_clip_factor_does_not_tell_has_tags_of_its_own(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.start(logged.start())
+    for window in (1, 2):
+        report = logged.report(window)
+        report._norm_after = torch.tensor(0.5)
+        report._groups = {"1": (torch.tensor(2.0), torch.tensor(1.0))}
+        board.step(report, float(window))
+    board.stop(logged.stop(2))
+    assert scalars(tmp_path, "gradient/norm_after") == [(1, 0.375), (2, 0.375)]
+    assert scalars(tmp_path, "gradient/norm_group_1") == [(1, 2.0), (2, 2.0)]
+
+
 def test_the_axis_is_the_clock_that_was_asked_for(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     board.start(logged.start(step_clock="rows"))

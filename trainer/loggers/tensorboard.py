@@ -112,6 +112,10 @@ class TensorBoard:
             scalars["gradient/norm"] = norm
         if factor is not None:
             scalars["gradient/clip_factor"] = factor
+        if report._norm_after is not None and report.grad_norm_after is not None:
+            scalars["gradient/norm_after"] = report.grad_norm_after  # something but the clip factor changed it
+        for name, value in report.group_norms.items():
+            scalars[f"gradient/norm_group_{name}"] = value
         if report.loss_scale is not None:
             scalars["gradient/loss_scale"] = report.loss_scale
         self._skips = _skips(clocks)
