@@ -6,12 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import over_ranks
+from reference import farthest
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.reference import farthest
 from trainer import Step, Sum, Trainer, model_loss
+from trainer.distributed import ManyProcesses
 from trainer.errors import ConfigError, ObjectiveError
+from trainer.gradient.report import FREE_READS
 
 SYMBOLS = 7
 
@@ -253,3 +257,61 @@ def test_a_weight_that_is_asked_for_before_the_first_forward_is_measured_without
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# On a device, where nothing is read, and over ranks, where weights are summed before the first forward.
+
+
+@pytest.fixture
+def no_read_is_free():
+    FREE_READS.discard("cpu")
+    yield
+    FREE_READS.add("cpu")
+
+
+class Reads(TorchDispatchMode):
+    """Counts what brings numbers to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_on_a_device_an_empty_micro_batch_counts_nothing_and_a_step_reads_nothing(no_read_is_free):
+    torch.manual_seed(0)
+    model = Tagger("shifted")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    step = Step(model, model_loss(), optimizer)
+    empty = batch(2, 5, 4)
+    empty["labels"] = torch.full_like(empty["labels"], -100)
+    step([WINDOW[0], empty])
+    with torch.no_grad():
+        before = {name: p.clone() for name, p in model.named_parameters()}
+    report = step([*WINDOW, empty])  # micro-batches 3 to 6: the fourth is looked at
+    assert report.skipped is False and report.weight == sum(int((one["labels"][:, 1:] != -100).sum()) for one in WINDOW)
+    found = gradients(model)
+    again = Tagger("shifted")
+    again.load_state_dict(before)
+    assert farthest(found, by_hand(again.double(), WINDOW, 1)) < 1e-5
+    with Reads() as reads:
+        step([WINDOW[0]])  # the seventh
+    assert reads.count == 0
+
+
+def one_rank(rank: int, world: int) -> tuple[dict[str, Tensor], float]:
+    del world
+    torch.manual_seed(0)
+    model = Tagger("shifted").double()
+    step = Step(model, model_loss(), torch.optim.SGD(model.parameters(), lr=0.0), ranks=ManyProcesses())
+    report = step(WINDOW[:1] if rank else WINDOW[1:])
+    return gradients(model), report.weight
+
+
+def test_over_two_ranks_it_is_the_gradient_of_all_labels():
+    torch.manual_seed(0)
+    true = by_hand(Tagger("shifted").double(), WINDOW, 1)
+    for found, weight in over_ranks(one_rank):
+        assert weight == sum(int((one["labels"][:, 1:] != -100).sum()) for one in WINDOW)
+        assert farthest(found, true) < 1e-12

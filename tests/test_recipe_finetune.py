@@ -201,6 +201,12 @@ def test_pieces_and_segments_give_the_gradient_of_the_whole_window():
         assert farthest(other, gradient) < 1e-11
 
 
+def test_the_certificate_says_that_its_gradient_is_the_one_asked_for(here, capsys):
+    cut = ["data.batch_size=4", "gradient.accumulation_steps=3"]
+    assert main(["check", "recipe=finetune", *SMALL, *cut]) == 0
+    assert "the gradient is the one asked for" in capsys.readouterr().out
+
+
 def test_the_rows_of_a_text_hold_each_token_as_a_label_once():
     words = finetune.tokenizer()
     text = finetune.Text(["abcdefgh\n", "xy"], words, 4)

@@ -105,8 +105,8 @@ def test_every_recipe_runs_with_other_options(recipe, option, tmp_path):
         needs = [f"data.source.path='{tmp_path / 'my.csv'}'", "data.source.target=price"]
     if recipe == "finetune":
         pytest.importorskip("transformers")
-        needs = ["data.source.characters=20000"]
+        needs = ["data.source.characters=20000", "data.source.length=32", "model.config.hidden_size=16"]
     if recipe == "char_lm":  # its held-out text takes seconds
-        needs = ["data.source.characters=50000", "data.source.largest=8000"]
+        needs = ["data.source.characters=12000", "data.source.largest=8000", "data.source.held_out=3"]
     stop = trainer_of(f"recipe={recipe}", option, "debug=fast", *needs).fit()
     assert stop.clocks["steps"] == 3 and stop.metrics["loss"] > 0

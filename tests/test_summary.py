@@ -126,6 +126,7 @@ def test_nothing_is_said_where_nothing_was_assumed() -> None:
         ({"objective": mean}, "a plain scalar of the objective counts as a mean over rows"),
         ({"data": DataLoader(TensorDataset(*rows(10)))}, "the data's order is its own"),
         ({"optimizer": torch.optim.AdamW}, "AdamW was made without fused=True: its step would cost less with it"),
+        ({"activation_checkpointing": "segments"}, "activation checkpointing is on, and the model is small"),
         ({"schedule": lambda o: torch.optim.lr_scheduler.StepLR(o, 3)}, "the schedule is a torch LRScheduler"),
         (
             {"accumulation_steps": 4},

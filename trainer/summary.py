@@ -21,6 +21,9 @@ from trainer.optim.update import could_be_fused
 from trainer.settings import Settings
 from trainer.step import Step
 
+SMALL = 200_000
+"""A model of fewer parameters seldom has activations that fill a memory (docs/toggles/activation_checkpointing.md)."""
+
 
 def start(
     step: Step,
@@ -118,6 +121,11 @@ def notes(step: Step, source: Source | Dealt, settings: Settings) -> Sequence[st
     slow = slow_here(settings.precision, step.device.type)
     if slow is not None:
         said.append(slow)
+    if settings.activation_checkpointing.mode == "segments" and parameter_count(step) < SMALL:
+        said.append(
+            "activation checkpointing is on, and the model is small: computing activations again costs more time than "
+            "is gained, unless a micro-batch is very large."
+        )
     if not step.rates.defers:
         said.append("the schedule is a torch LRScheduler: on a device it costs one read a step.")
     said += _changed(step)
