@@ -405,7 +405,9 @@ def test_a_source_is_taken_as_it_is() -> None:
 # Refused.
 
 
-@pytest.mark.parametrize("data", [3, None, object(), "digits", b"digits", {"inputs": torch.zeros(3)}], ids=repr)
+@pytest.mark.parametrize(
+    "data", [3, None, object(), "digits", b"digits", {"inputs": torch.zeros(3)}], ids=lambda data: type(data).__name__
+)
 def test_what_is_no_data_is_named(data) -> None:
     with pytest.raises(ConfigError, match=f"the data is {type(data).__name__}: give a tuple of tensors"):
         source_of(data, DataSettings())
