@@ -72,8 +72,12 @@ def goes_on(run: Path, value: int) -> str | None:
     return None if value_of(store.newest(run)[1]) == value else "what was saved afterwards is not what is loaded"
 
 
-def judged(run: Path, tally: Tally, wanted: set[int], outcome: str, told: str) -> None:
-    path, loaded, _ = store.newest(run)
+def judged(run: Path, tally: Tally, wanted: set[int], outcome: str, told: str, whole: bool = False) -> None:
+    """Whether the state is one of the wanted; `whole` where nothing that is damaged may be there either."""
+    path, loaded, damaged = store.newest(run)
+    if whole and damaged:
+        tally.note("half a checkpoint under its own name", f"{told}: {damaged[0]}")
+        return
     if path is None:
         tally.note("nothing left", f"{told}: no checkpoint is whole")
         return
@@ -102,7 +106,7 @@ def failing_calls(count: int, seed: int) -> Tally:
                 except CheckpointError:
                     ended = "refused"
             told = f"call {number}, {how}"
-            judged(run, tally, {2} if ended == "returned" else {1, 2}, f"{how} {ended}", told)
+            judged(run, tally, {2} if ended == "returned" else {1, 2}, f"{how} {ended}", told, whole=True)
     return tally
 
 
@@ -151,3 +155,24 @@ def test_a_save_in_which_any_call_fails_or_the_machine_stops_leaves_the_old_stat
 @pytest.mark.parametrize("fsync", ["file", "pending", "parent"])
 def test_each_fsync_is_needed(fsync) -> None:
     assert crashes(times(40), seed=2, without=fsync).broken
+
+
+@pytest.mark.parametrize("without", [None, "parent"])
+def test_the_first_checkpoint_of_a_run_is_there_once_its_save_has_returned(without) -> None:
+    """The folder of the checkpoints is new as well, and its own name must be on the disk."""
+    lost = 0
+    with scratch() as there:
+        run, before = there / "run", there / "before"
+        run.mkdir()
+        before.mkdir()
+        recorder = Recorder(without=without)
+        with recorded(recorder):
+            save(run, 1)
+        for seed in range(30):
+            crashed = Disk(before)
+            for entry in recorder.log:
+                crashed.play(tuple(_moved(part, run, before) for part in entry))
+            crashed.crash(there / "after", random.Random(seed))
+            lost += store.newest(there / "after")[0] is None
+            shutil.rmtree(there / "after")
+    assert bool(lost) is (without == "parent")
