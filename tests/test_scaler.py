@@ -16,6 +16,7 @@ from trainer.distributed import ManyProcesses
 from trainer.gradient.report import FREE_READS
 from trainer.gradient.scaler import LARGEST, LossScale
 from trainer.gradient.skips import ZERO_WEIGHT
+from trainer.gradient.transforms import centralise
 
 CPU = torch.device("cpu")
 
@@ -137,6 +138,8 @@ TOGGLES: list[dict[str, Any]] = [
     {},
     {"clip_norm": 0.3},
     {"clip_value": 0.05},
+    {"clip_adaptive": 0.02},
+    {"transforms": [centralise()]},
     {"zero_grad": "never"},
     {"zero_grad": "never", "clip_norm": 0.3},
     {"zero_grad": "zeros", "reduction": "micro_batches"},

@@ -117,10 +117,10 @@ def by_torch(kind: str, dtype: torch.dtype, skips: bool, clip: float | None) -> 
 
 
 def apart(one: Any, other: Any) -> float:
-    """The largest difference of any parameter or state, relative to the largest number in its tensor."""
+    """The largest difference of any parameter, state or `.grad` as it was left, by the largest number in its tensor."""
     largest = 0.0
     for mine, theirs in zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
-        pairs = [(mine, theirs)]
+        pairs = [(mine, theirs), (mine.grad, theirs.grad)]
         states = one.state[mine], other.state[theirs]
         assert states[0].keys() == states[1].keys()
         for name in states[0]:
