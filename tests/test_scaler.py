@@ -244,6 +244,7 @@ def test_a_deferred_overflow_says_what_is_still_known() -> None:
         FREE_READS.add("cpu")
     assert isinstance(report._skipped, Tensor)
     assert report.reason == "the loss scale 128 overflowed, now 64"
+    assert int(step.skips_in_a_row) == 0
     assert step._scale.state_dict() == {"scale": 64.0, "good": 0.0}
 
 

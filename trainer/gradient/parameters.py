@@ -114,7 +114,6 @@ class Trained:
             self.by_name = named_for(self._model, self._optimizers)
             own = {id(parameter) for parameter in self.by_name.values()}
             others = named_parameters(self._model).values()
-            self.inputs = ()
             self._limited = any(id(parameter) not in own for parameter in others if parameter.requires_grad)
             self.inputs = ()
         if self._limited:
