@@ -564,6 +564,46 @@ def test_a_hook_that_looks_at_the_other_rows() -> None:
 # Types too narrow.
 
 
+class Small(nn.Module):
+    """Its layer sees numbers that float16 cannot tell from zero."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.r = nn.Linear(5, 5)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.r(x.float() * self.factor).float()
+
+
+def test_fp16_that_loses_small_numbers() -> None:
+    certificate = certified(Small(2.0**-27), (4, 4), precision="fp16")
+    names(certificate, "precision", f"{Q}.r", "underflow")
+    assert certified(Small(2.0**-27), (4, 4), precision="bf16").passed
+
+
+def test_fp16_whose_loss_scale_must_back_off_first_is_right() -> None:
+    torch.manual_seed(0)
+    net = Net(nn.Identity())
+    certificate = certify(net, lambda m, b: 1e4 * F.mse_loss(m(b[0]), b[1]), data=window(4, 4), precision="fp16")
+    assert certificate.passed, str(certificate)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("by", ["wrapper", "method"])
+def test_a_compiler_that_computes_something_else(by: str) -> None:
+    def miscompiles(graph: Any, inputs: list[Tensor]) -> Any:
+        return lambda *values: tuple(one * 1.001 for one in graph(*values))
+
+    q: Any = Small(1.0)
+    if by == "wrapper":
+        q = torch.compile(q, backend=miscompiles)
+    else:
+        q.compile(backend=miscompiles)
+    certificate = certified(q, (4, 4))
+    names(certificate, "compile", Q, "compile")
+
+
 def test_half_precision_inside_a_module_loses_small_gradients() -> None:
     def function(q: Does, x: Tensor) -> Tensor:
         return (x.half() * 2.0**-12).to(x.dtype) * 2.0**-12

@@ -4,9 +4,11 @@ Most need torch alone; those of transformers come from tiny configs, with no dow
 """
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -481,6 +483,21 @@ def test_a_model_that_changes_its_input_in_place_raises_no_false_alarm() -> None
     before = [x.clone() for x, _ in task.window]
     passes(task)
     assert all(torch.equal(x, y) for (x, _), y in zip(task.window, before, strict=True)), "the data is as it was"
+
+
+@pytest.mark.parametrize("drawn_by", [random, np.random, random.Random(3), np.random.default_rng(3)])
+def test_draws_of_python_and_numpy_raise_no_false_alarm(drawn_by: Any) -> None:
+    def function(acts: Any, x: Tensor) -> Tensor:
+        keep = [[float(acts.drawn_by.random() < 0.5) for _ in row] for row in x]
+        return x * acts.v * torch.tensor(keep, dtype=x.dtype)
+
+    acts = Acts(function)
+    acts.drawn_by = drawn_by
+    torch.manual_seed(0)
+    task = flat(acts)
+    certificate = certify(task.model, task.objective, data=task.window, activation_checkpointing=["leave"])
+    assert certificate.passed, str(certificate)
+    assert certificate.draws == ["python or numpy"]
 
 
 def test_a_transform_of_torch_func_inside_forward_raises_no_false_alarm() -> None:

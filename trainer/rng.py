@@ -44,6 +44,17 @@ def capture() -> dict[str, Any]:
     return state
 
 
+def moved(state: Mapping[str, Any]) -> bool:
+    """Whether python's or numpy's own generator is no longer in this state."""
+    now = capture()
+    return any(
+        not torch.equal(now[name]["words"], state[name]["words"])
+        or now[name] != {**state[name], "words": now[name]["words"]}
+        for name in ("python", "numpy")
+        if name in state and name in now
+    )
+
+
 def restore(state: Mapping[str, Any]) -> None:
     """Put all states back; those of devices that are not here are left out. Raises CheckpointError for what is none."""
     try:

@@ -72,15 +72,14 @@ def _all(path: str) -> bool:
 def _carried_over(lab: Lab, dtype: torch.dtype, cut: Sequence[Any], parts: Run, fresh: Run, floors: Floors) -> Finding:
     """Which state is carried over: that which, put back before every micro-batch, makes them as fresh ones."""
     error = compare.error(parts.gradient, fresh.gradient)
-    paths = [path for path in parts.changed if path not in lab.parameters]
     guilty = None
-    for path in paths:
+    for path in parts.changed:
         alone = lab.reference(cut, dtype, "neutral", fresh=path.__eq__)
         if compare.worst(alone.gradient, fresh.gradient, floors) <= 1.0:
             guilty = path
             break
     module = _owner(lab, guilty) if guilty is not None else None
-    what = f"'{guilty}'" if guilty else "something"
+    what = f"'{parts.changed[guilty]}'" if guilty else "something"
     reason = f"{what} is carried over from one micro-batch to the next, and the gradient with it."
     return Finding(
         "cache",

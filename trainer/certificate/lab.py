@@ -1,12 +1,12 @@
 """The measurements: one window's gradient by the reference or by a path, always from the same state and draws."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer import rng
 from trainer.certificate import wide
@@ -25,7 +25,8 @@ class Run:
 
     - `buffers`: the model's buffers after it, as numbers.
     - `drawn`: operations that drew; `used`: what the model switched on itself; `narrowed`: lower types it asked for.
-    - `changed`: paths of the state that it changed.
+    - `changed`: the state that it changed, by its path and by name.
+    - `drew_elsewhere`: whether it drew from generators of Python's or numpy's.
     """
 
     gradient: Gradient
@@ -34,13 +35,8 @@ class Run:
     drawn: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
     narrowed: set[torch.dtype] = field(default_factory=set)
-    changed: list[str] = field(default_factory=list)
-
-
-class Watcher(Protocol):
-    """What looks on while a path runs (a `Probe`, say)."""
-
-    def watching(self, modules: Mapping[str, nn.Module], /) -> AbstractContextManager[None]: ...
+    changed: dict[str, str] = field(default_factory=dict)
+    drew_elsewhere: bool = False
 
 
 class Lab:
@@ -62,6 +58,8 @@ class Lab:
     ) -> None:
         self.model, self.objective, self.parameters, self.asked = model, objective, parameters, asked
         self.window = list(window)
+        self.dtype = torch.float64
+        """Of the reference: float32 where float64 does not run."""
         self.clones = True
         """Whether the reference hands backward clones of what forward saved; torch.func does not run with that."""
         self._roots = [("", model), ("objective", objective), *roots]
@@ -79,22 +77,20 @@ class Lab:
         shake: tuple[float, int] | None = None,
         keep_parts: bool = False,
         probe: Probe | None = None,
-        seed: int | None = None,
     ) -> Run:
         """The plain gradient of these micro-batches.
 
         Args:
             fresh: before each micro-batch, state at paths that it accepts is put back as it was.
             shake: change parameters and inputs by up to this share, with this seed.
-            seed: another seed of all generators than the state that every run starts from.
         """
         run, used = Run({}), wide.Used()
         draw = Draws(draws)
-        with self._from_the_start(seed), self.state.wide(dtype), wide.plainly(dtype, used, self.clones) as mode, draw:
+        with self._from_the_start(), self.state.wide(dtype), wide.plainly(dtype, used, self.clones) as mode, draw:
             batches = [cast(one, dtype) for one in micro_batches]
             if shake is not None:
                 self._shake(batches, *shake)
-            now: Snapshot | None = None
+            now: Snapshot | None = None  # as it is in this type, seen with the probe in place
 
             def between() -> None:
                 if draws == "neutral":
@@ -107,12 +103,12 @@ class Lab:
             def again() -> None:
                 if now is not None:
                     now.restore_but_gradients()
-                self._set_generators(seed)
+                rng.restore(self._rng)
                 if probe is not None:
                     probe.forget()
 
             with probe.watching(self.modules) if probe is not None else nullcontext():
-                now = Snapshot(self._roots) if fresh is not None or len(batches) > 1 else None
+                now = Snapshot(self._roots)
                 found = gradient(
                     self.model,
                     self.objective,
@@ -123,9 +119,9 @@ class Lab:
                     again=again,
                     keep_parts=keep_parts,
                 )
-            run = Run(found.gradient, self._buffers(), found)
-            if now is not None:
-                run.changed = now.changed()
+                changed = now.changed()
+            run = Run(found.gradient, self._buffers(), found, changed=changed)
+            run.drew_elsewhere = now.drew() or rng.moved(self._rng)
         run.drawn, run.used, run.narrowed = draw.seen, used.names, mode.narrowed
         return run
 
@@ -135,15 +131,16 @@ class Lab:
         window: Sequence[Any],
         off: frozenset[str] = frozenset(),
         draws: Kind | None = None,
-        probe: Watcher | None = None,
+        probe: Probe | None = None,
     ) -> Run:
         """The gradient by a path, with some of its settings (and of what the model switches on itself) off."""
-        run = Run({})
+        run, used = Run({}), wide.Used()
 
         def look() -> None:
             run.buffers = self._buffers()
 
         with self._from_the_start(), ExitStack() as stack:
+            stack.enter_context(wide.noting_autocast(used))
             for name in sorted(off & PATCHES.keys()):
                 stack.enter_context(PATCHES[name]())
             if draws is not None:
@@ -151,19 +148,14 @@ class Lab:
             if probe is not None:
                 stack.enter_context(probe.watching(self.modules))
             run.gradient = path([copied(one) for one in window], off, look)
+        run.used = used.names
         return run
 
     @contextmanager
-    def _from_the_start(self, seed: int | None = None) -> Iterator[None]:
+    def _from_the_start(self) -> Iterator[None]:
         with rng.preserved(), self.state.kept(), torch.enable_grad():
-            self._set_generators(seed)
-            yield
-
-    def _set_generators(self, seed: int | None) -> None:
-        if seed is None:
             rng.restore(self._rng)
-        else:
-            rng.seed_all(seed)
+            yield
 
     def _shake(self, batches: list[Any], share: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

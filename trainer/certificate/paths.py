@@ -4,6 +4,7 @@ A path leaves its gradient for one window; what it changed is put back by whoeve
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from trainer.certificate.batches import copied
 from trainer.certificate.compare import UNIT
 from trainer.certificate.reference import Gradient, read
 from trainer.errors import ConfigError
+from trainer.settings import GradientSettings, step_settings
 from trainer.step import Step
 
 Loop = Callable[[Any, Sequence[Any]], Any]
@@ -29,6 +31,9 @@ class Path(Protocol):
 
     def __call__(self, window: Sequence[Any], off: frozenset[str], look: Callable[[], None]) -> Gradient:
         """The gradient by parameter name with some settings off; `look` is called while buffers are as it left them."""
+
+    def back_off(self) -> bool:
+        """After an overflow: try again with a lower loss scale? False where there is none."""
 
     def rounding(self, reference: Gradient) -> dict[str, float]:
         """What the way to read the gradient adds to its rounding, ‖error‖ per parameter."""
@@ -49,26 +54,46 @@ class StepPath:
     ) -> None:
         self._model, self._objective, self._parameters = model, objective, parameters
         self._keywords = dict(settings)
+        self._loss_scale: float | None = None
         self.settings: Mapping[str, str] = {
             name: str(value) for name, value in settings.items() if name in _OFF and not _is_off(name, value)
         }
 
     def __call__(self, window: Sequence[Any], off: frozenset[str], look: Callable[[], None]) -> Gradient:
         keywords = {**self._keywords, **{name: _OFF[name] for name in off if name in _OFF}}
+        if self._loss_scale is not None:
+            gradient = replace(self._asked(), loss_scale=self._loss_scale)
+            keywords = {n: value for n, value in keywords.items() if n not in GradientSettings.__dataclass_fields__}
+            keywords["gradient"] = gradient
         with kernels.without_compiler():
             # Of the optimizer only its parameters matter, and the user's own must not be touched.
             optimizer = torch.optim.SGD(list(self._parameters.values()), lr=0.0)
         step = Step(self._model, self._objective, optimizer, **keywords)
+        found = self._gradient(step, window, look)
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        by_step = step.parameters.by_name
+        return {names[id(by_step[name])]: gradient for name, gradient in found.items()}
+
+    def back_off(self) -> bool:
+        """After an overflow in fp16: a lower loss scale, as the steps of a run find it; False where there is none."""
+        if self._keywords.get("precision") != "fp16" or self._loss_scale == 1.0:
+            return False
+        self._loss_scale = max(1.0, (self._loss_scale or self._asked().loss_scale) / 16)
+        return True
+
+    def _asked(self) -> GradientSettings:
+        toggles = {n: value for n, value in self._keywords.items() if n in GradientSettings.__dataclass_fields__}
+        return step_settings(self._keywords.get("gradient"), toggles)
+
+    def _gradient(self, step: Step, window: Sequence[Any], look: Callable[[], None]) -> Gradient:
         try:
             for micro_batch in window:
                 step.accumulate(micro_batch, window)
             found = step.gradient()
             look()
+            return found
         finally:
             step.cancel()
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
-        by_step = step.parameters.by_name
-        return {names[id(by_step[name])]: gradient for name, gradient in found.items()}
 
     def rounding(self, reference: Gradient) -> dict[str, float]:
         return {}
@@ -90,6 +115,9 @@ class LoopPath:
 
     settings: Mapping[str, str] = {}
     takes_draws = False
+
+    def back_off(self) -> bool:
+        return False
 
     def __init__(self, model: Any, loop: Loop, parameters: Mapping[str, Tensor], lr: float | None) -> None:
         self._model, self._loop, self._parameters, self._lr = model, loop, parameters, lr

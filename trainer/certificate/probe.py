@@ -37,6 +37,8 @@ class Probe:
         self.calls: dict[Key, list[Call]] = {}
         self.again: list[tuple[str, Call]] = []
         """Calls inside backward: recomputes, in the order in which they ended."""
+        self.inside: list[str] = []
+        """The modules whose forward runs just now, the innermost last."""
         self._states = states
         self._part = -1
         self._counts: dict[str, int] = {}
@@ -77,7 +79,11 @@ class Probe:
             if self._states:
                 held = {**module._parameters, **module._buffers}
                 call.state = {key: t.detach().clone() for key, t in held.items() if t is not None}
-            result = forward(*args, **kwargs)
+            self.inside.append(name)
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                self.inside.pop()
             _note(result, call.outputs, call.output_gradients)
             if inside_backward:
                 self.again.append((name, call))

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from trainer.certificate import compare
 from trainer.certificate.certificate import Finding
-from trainer.certificate.checkpoints import Checkpoints
 from trainer.certificate.compare import Floors
-from trainer.certificate.lab import Lab, Run, Watcher
+from trainer.certificate.lab import Lab, Run
 from trainer.certificate.paths import Path
 from trainer.certificate.probe import Probe, first_not_finite, first_to_recompute_otherwise
+from trainer.certificate.weighed import weighed_otherwise
+from trainer.certificate.wide import as_written, without_checkpointing
 
+_RECOMPUTES = {"checkpoint", "activation_checkpointing"}
 SETTINGS = {
     "checkpoint": "activation_checkpointing",
     "hooks": "saved_tensors_hooks",
@@ -62,11 +65,13 @@ class Search:
     def findings(self, run: Run | Exception) -> list[Finding]:
         """What breaks this run of the path."""
         found: list[Finding] = []
+        error = self._error(run)
         for off in self._smallest_mends():
-            error = self._error(run)
-            found += [self._explained(name, error, run) for name in off]
+            # Something changed in place is wrong with and without a recompute: the two are one finding.
+            names = [name for name in off if name != "saved" or not set(off) & _RECOMPUTES]
+            found += [self._explained(name, error, run, "saved" in off) for name in names]
         if found:
-            return found
+            return list(dict.fromkeys(found))
         if isinstance(run, Run) and not math.isfinite(compare.norm(run.gradient)):
             probe = Probe()
             self.measure(frozenset(), probe)
@@ -74,7 +79,7 @@ class Search:
             return [Finding("overflow", None, first_not_finite(probe), reason, math.inf)]
         if isinstance(run, Exception):
             return [Finding("error", None, None, f"it raises {type(run).__name__}: {_sentence(run)}", math.inf)]
-        return [_unexplained(run, self._goal, self._lab)]
+        return [weighed_otherwise(self._lab, self._path, self._goal.reference, run, self._goal.floors, self._draws)]
 
     def _smallest_mends(self) -> list[tuple[str, ...]]:
         for size in (1, 2, len(self._names)):
@@ -89,7 +94,7 @@ class Search:
         run = self.measure(off)
         return isinstance(run, Run) and self._goal.reached(run)
 
-    def measure(self, off: frozenset[str], probe: Watcher | None = None) -> Run | Exception:
+    def measure(self, off: frozenset[str], probe: Probe | None = None) -> Run | Exception:
         try:
             return self._lab.by(self._path, self._lab.window, off, self._draws, probe)
         except Exception as error:
@@ -101,26 +106,22 @@ class Search:
         own = compare.error(run.gradient, self._goal.reference.gradient)
         return own if self._goal.excess(run) > 1.0 else compare.error(run.buffers, self._goal.reference.buffers)
 
-    def _explained(self, name: str, error: float, run: Run | Exception) -> Finding:
+    def _explained(self, name: str, error: float, run: Run | Exception, in_place: bool) -> Finding:
         setting = SETTINGS.get(name, name)
-        if name in ("checkpoint", "activation_checkpointing"):
-            return self._recompute(setting, error, run)
+        if name in _RECOMPUTES:
+            return self._recompute(setting, error, run, in_place)
         if name == "saved":
-            return self._saved(error)
+            return self._changed(None, error, "before backward does, unseen by torch's own check")
         if name == "compile":
-            module = self._module_of(name, lambda: list(self._compiled()))
-            return Finding(
-                "compile", setting, module, "compiled, it computes something else than as it is written.", error
-            )
+            return self._compiled(setting, error)
         if name in ("precision", "autocast", "half"):
             return self._precision(setting, error, run)
         if name == "ranks":
-            return Finding(
-                "ranks", setting, None, "the ranks together do not give the gradient of all their rows.", error
-            )
+            reason = "the ranks together do not give the gradient of all their rows."
+            return Finding("ranks", setting, None, reason, error)
         return Finding("unexplained", setting, None, "with it off, the gradient is right.", error)
 
-    def _recompute(self, setting: str | None, error: float, run: Run | Exception) -> Finding:
+    def _recompute(self, setting: str | None, error: float, run: Run | Exception, in_place: bool) -> Finding:
         """Why a recompute is not what its forward was."""
         if isinstance(run, Exception):
             return Finding("changed", setting, None, _sentence(run), error)
@@ -133,14 +134,16 @@ class Search:
         with set_checkpoint_early_stop(False):  # else the recompute of the last module ends before its result is seen
             self.measure(frozenset(), probe)
         seen = first_to_recompute_otherwise(probe)
-        module, changed = seen if seen is not None else (self._checkpointing_module(), [])
+        module, changed = seen if seen is not None else (self._caller(), [])
         if changed:
             names = ", ".join(f"'{name}'" for name in changed)
             reason = f"{names} was changed in place between its forward and the recompute in backward."
             return Finding("changed", setting, module, reason, error)
-        plain, off = self._lab.by(self._path, self._lab.window, draws="neutral"), frozenset(self._names)
-        other = self._lab.by(self._path, self._lab.window, off, "neutral")
-        if compare.worst(plain.gradient, other.gradient, self._goal.floors) <= 1.0:
+        if in_place:
+            return self._changed(setting, error, "before the recompute in backward does")
+        with_it = self._lab.by(self._path, self._lab.window, draws="neutral")
+        without = self._lab.by(self._path, self._lab.window, frozenset(self._names), "neutral")
+        if compare.worst(with_it.gradient, without.gradient, self._goal.floors) <= 1.0:
             reason = (
                 "the recompute in backward draws other random numbers than the forward did (the RNG is not preserved)."
             )
@@ -148,24 +151,39 @@ class Search:
         reason = "computed again in backward, from the same inputs, it comes out otherwise than in forward."
         return Finding("recompute", setting, module, reason, error)
 
-    def _checkpointing_module(self) -> str | None:
-        """The one module without whose own calls of checkpoint the gradient is right."""
-        seen = Checkpoints()
-        self.measure(frozenset(), seen)
-        for name in seen.users:
-            run = self.measure(frozenset(), Checkpoints(off=name))
-            if isinstance(run, Run) and self._goal.reached(run):
-                return name
-        return seen.users[0] if len(seen.users) == 1 else None
+    def _caller(self) -> str | None:
+        """The module in whose forward a recompute is asked for that alone, with all others off, is wrong."""
+        probe, callers = Probe(), dict[str, None]()
 
-    def _saved(self, error: float) -> Finding:
-        changed = [name for name in self._goal.reference.changed if name in self._lab.parameters]
-        module = changed[0].rpartition(".")[0] if changed else None
-        what = f"'{changed[0]}'" if changed else "a tensor"
-        reason = (
-            f"{what} is changed in place after forward used it and before backward does, unseen by torch's own check."
+        def note() -> bool:
+            callers[probe.inside[-1] if probe.inside else ""] = None
+            return False
+
+        with without_checkpointing(None, note):
+            self.measure(frozenset(), probe)
+        for caller in callers:
+            alone = self._only(caller)
+            if isinstance(alone, Exception) or not self._goal.reached(alone):
+                return caller
+        return next(iter(callers), None)
+
+    def _only(self, caller: str) -> Run | Exception:
+        """The path with the recomputes of one module alone."""
+        probe = Probe()
+        with without_checkpointing(None, lambda: probe.inside[-1:] != [caller]):
+            return self.measure(frozenset(), probe)
+
+    def _changed(self, setting: str | None, error: float, when: str) -> Finding:
+        names = [name for path, name in self._goal.reference.changed.items() if self._is_tensor(path)]
+        parameters = [name for name in names if name in self._lab.parameters] or names
+        module = parameters[0].rpartition(".")[0] if parameters else None
+        what = f"'{parameters[0]}'" if parameters else "a tensor"
+        return Finding(
+            "changed", setting, module, f"{what} is changed in place after forward used it and {when}.", error
         )
-        return Finding("changed", None, module, reason, error)
+
+    def _is_tensor(self, path: str) -> bool:
+        return any(path == name for name, _ in self._lab.state.tensors())
 
     def _precision(self, setting: str | None, error: float, run: Run | Exception) -> Finding:
         if isinstance(run, Exception):
@@ -184,23 +202,24 @@ class Search:
         module = bad[0].name.rpartition(".")[0] if bad else None
         return Finding("precision", setting, module, "the gradient is farther off than the precision explains.", error)
 
-    def _module_of(self, name: str, candidates: Callable[[], Sequence[str]]) -> str | None:
-        found = candidates()
-        return found[0] if len(found) == 1 else None
-
-    def _compiled(self) -> list[str]:
-        return [
-            name
+    def _compiled(self, setting: str | None, error: float) -> Finding:
+        """Which compiled module, compiled alone, computes something else."""
+        modules = [
+            (name, module)
             for name, module in self._lab.modules.items()
             if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
         ]
-
-
-def _unexplained(run: Run, goal: Goal, lab: Lab) -> Finding:
-    error = compare.error(run.gradient, goal.reference.gradient)
-    return Finding(
-        "unexplained", None, None, "the gradient differs, and switching off every setting does not mend it.", error
-    )
+        guilty = None
+        for name, _ in modules:
+            with ExitStack() as stack:
+                for other, module in modules:
+                    if other != name:
+                        stack.enter_context(as_written(module))
+                alone = self.measure(frozenset())
+            if isinstance(alone, Exception) or not self._goal.reached(alone):
+                guilty = name
+                break
+        return Finding("compile", setting, guilty, "compiled, it computes something else than as it is written.", error)
 
 
 def _sentence(error: Exception) -> str:

@@ -10,7 +10,7 @@ import random
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,9 +72,17 @@ class Snapshot:
         for tensor, gradient in gradients:
             tensor.grad = gradient
 
-    def changed(self) -> list[str]:
-        """Paths of what is no longer as it was held; gradients do not count."""
-        return [held.path for held in self._held.values() if held.contents is not None and _differs(held)]
+    def changed(self) -> dict[str, str]:
+        """Where something is no longer as it was held, by the path that it is put back by; gradients do not count."""
+        differing = [held for held in self._held.values() if held.contents is not None and _differs(held)]
+        return {held.path: _which(held) for held in differing}
+
+    def drew(self) -> bool:
+        """Whether a generator of Python's or numpy's that was held has been drawn from."""
+        numpy = sys.modules.get("numpy")
+        kinds = (random.Random, *((numpy.random.Generator, numpy.random.RandomState) if numpy else ()))
+        held = [one for one in self._held.values() if one.contents is not None and isinstance(one.value, kinds)]
+        return any(repr(_look(one.value, "")[0]) != repr(one.contents) for one in held)
 
     @contextmanager
     def kept(self) -> Iterator["Snapshot"]:
@@ -236,3 +244,15 @@ def _differs(held: _Held) -> bool:
 def _differs_from(value: dict[Any, Any], contents: dict[Any, Any]) -> bool:
     now = _plain(value).get
     return len(value) != len(contents) or any(now(value, key, contents) is not item for key, item in contents.items())
+
+
+def _which(held: _Held) -> str:
+    """The path of what differs: in an object's attributes, the one that was changed."""
+    if isinstance(held.value, type):
+        now: Mapping[Any, Any] = vars(held.value)
+    elif isinstance(held.value, dict):
+        now = held.value
+    else:
+        return held.path
+    keys = [key for key, item in held.contents.items() if now.get(key, held) is not item]
+    return join(held.path, keys[0]) if keys else held.path

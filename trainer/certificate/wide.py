@@ -4,7 +4,7 @@ A model may ask for these things itself, deep inside and under any name, so they
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -72,26 +72,34 @@ class Used:
 
 
 @contextmanager
-def without_checkpointing(used: Used | None = None) -> Iterator[None]:
-    """torch.utils.checkpoint calls the function and nothing else, in whatever module it was imported by."""
+def without_checkpointing(used: Used | None = None, here: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """torch.utils.checkpoint calls the function and nothing else, in whatever module it was imported by.
+
+    Args:
+        here: asked at each call: whether this one is meant.
+    """
     from torch.utils import checkpoint
 
-    def note() -> None:
+    recomputing, reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
+
+    def is_meant() -> bool:
         if used is not None:
             used.names.add("checkpoint")
+        return here()
 
-    def at_once(*_: Any, **__: Any) -> Iterator[None]:
-        note()
+    def at_once() -> Iterator[None]:
         yield
+
+    def generator(*args: Any, **kwargs: Any) -> Any:
+        return at_once() if is_meant() else recomputing(*args, **kwargs)
 
     class Reentrant:
         @staticmethod
         def apply(function: Any, preserve: Any, *inputs: Any) -> Any:
-            note()
-            return function(*inputs)
+            return function(*inputs) if is_meant() else reentrant.apply(function, preserve, *inputs)
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(checkpoint, "_checkpoint_without_reentrant_generator", at_once))
+        stack.enter_context(replaced(checkpoint, "_checkpoint_without_reentrant_generator", generator))
         stack.enter_context(replaced(checkpoint, "CheckpointFunction", Reentrant))
         yield
 
@@ -131,12 +139,37 @@ def without_autocast(used: Used | None = None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def noting_autocast(used: Used) -> Iterator[None]:
+    """Autocast does what it does, and the type that it casts to is noted."""
+    enter = torch.amp.autocast_mode.autocast.__enter__
+
+    def noted(self: Any) -> Any:
+        if self._enabled:
+            used.names.add(f"autocast {str(self.fast_dtype).removeprefix('torch.')}")
+        return enter(self)  # type: ignore[no-untyped-call]
+
+    with replaced(torch.amp.autocast_mode.autocast, "__enter__", noted):
+        yield
+
+
 def without_compiling() -> AbstractContextManager[Any]:
     """What is compiled runs as it was written. Where nothing was compiled so far, nothing is imported for it."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextmanager
+def as_written(module: Any) -> Iterator[None]:
+    """One compiled module runs as it was written."""
+    if hasattr(module, "_orig_mod"):
+        with replaced(module, "forward", module._orig_mod.forward):
+            yield
+        return
+    with replaced(module, "_compiled_call_impl", None):
+        yield
 
 
 @contextmanager
