@@ -234,6 +234,19 @@ def test_the_state_of_other_transforms_is_refused_before_anything_changes() -> N
     again.load_state_dict(state)
 
 
+def test_a_run_may_be_told_to_go_on_with_other_transforms() -> None:
+    _, step = step_with(noise(0.1), Counts())
+    step(WINDOW)
+    state = step.state_dict()
+    counts = Counts()
+    _, other = step_with(counts, Counts(), noise(0.3))
+    state["transforms"] = other.transforms.adapted(state["transforms"])
+    other.load_state_dict(state)
+    assert (counts.runs, other.transforms._all[1].runs) == (1, 0)
+    assert torch.equal(other.state_dict()["transforms"][2][1]["cpu"], step.state_dict()["transforms"][0][1]["cpu"])
+    assert step_with()[1].transforms.adapted(step.state_dict()["transforms"]) == []
+
+
 @pytest.mark.parametrize(
     "make", [lambda: noise(0.05), centralise, lambda: clip_by_norm(0.01), lambda: clip_by_value(0.01)]
 )
@@ -366,6 +379,28 @@ def test_centralising_takes_rows_of_sparse_gradients_and_only_what_matches() -> 
 
 
 # Freezing and thawing.
+
+
+def test_a_frozen_parameter_is_not_said_to_get_no_gradient() -> None:
+    heard = []
+
+    class Hears:
+        def found(self, event: Any) -> None:
+            heard.append(event.text)
+
+    for unused in (False, True):
+        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+        if unused:
+            model.spare = nn.Parameter(torch.ones(1))
+            model.forward = lambda x, m=model: m[1](m[0](x))
+        trainer = Trainer(
+            model, MSE, adamw(model.parameters()), data=line_rows(10), transforms=[freeze("0.*")], steps=1, **QUIET,
+            loggers=[Hears()],
+        )  # fmt: skip
+        trainer.fit()
+        assert trainer.step.transforms.taken == {"0.weight", "0.bias"}
+        assert ["'spare'" in text for text in heard] == [True] * unused
+
 
 KINDS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.3, fused=True),

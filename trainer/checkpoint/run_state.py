@@ -195,6 +195,9 @@ class RunState:
         saved = state.get("config")
         said = changes.judged(saved, self._config, accept, path) if isinstance(saved, Mapping) else []
         finite = self._settings.gradient.nonfinite != "allow"
+        if any(key.partition(".")[0] == "gradient_transforms" for key in accept):
+            step = state["step"]
+            state = {**state, "step": {**step, "transforms": self._step.transforms.adapted(step["transforms"])}}
         run = contents.put_back(state, self._model, self._step, (*_OWN, "parts", "machine"), path, finite)
         if any(key.startswith("optimizer.") for key in accept):
             for optimizer, groups in zip(optimizers, own, strict=True):

@@ -95,7 +95,9 @@ class FirstStep:
         if not report.skipped:
             self._over()
             forward = Forward(self._step.model, self._step.objective, window[0], parameters)
-            for finding in (*without_gradient(parameters, forward), *not_moved(before, parameters, report.lr)):
+            # What a transform has frozen has no gradient any more, and had one.
+            given = {name: one for name, one in parameters.items() if name not in self._step.transforms.taken}
+            for finding in (*without_gradient(given, forward), *not_moved(before, parameters, report.lr)):
                 self._found(finding)
         return report
 

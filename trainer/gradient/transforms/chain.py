@@ -46,6 +46,8 @@ class Transforms:
         self._allow = allow
         self._bound: Mapping[str, Tensor] | None = None
         self._before: list[Any] | None = None
+        self.taken: frozenset[str] = frozenset()
+        """Parameters whose gradient was taken from the optimizer in the last step."""
         self._bind(parameters)
 
     def __len__(self) -> int:
@@ -70,6 +72,7 @@ class Transforms:
         if parameters is not self._bound:
             self._bind(parameters)
         self._before = self.state_dict()
+        given = gradients
         for transform in self._all:
             shown = dict(gradients)
             changed = transform(shown, report)
@@ -79,6 +82,7 @@ class Transforms:
                 if gradient is not gradients.get(name):
                     _put(name, gradient, parameters, transform)
             gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        self.taken = frozenset(given.keys() - gradients.keys())
         return gradients
 
     def checked(self, norm: Number, gradients: Gradients) -> Number:
@@ -104,6 +108,17 @@ class Transforms:
     def state_dict(self) -> list[Any]:
         """[name, state] of each transform that has one: copies, as a checkpoint is written while the next step runs."""
         return [[_name(one), copy.deepcopy(one.state_dict())] for one in self._all if hasattr(one, "state_dict")]
+
+    def adapted(self, state: Sequence[Any]) -> list[Any]:
+        """The saved states for these transforms, where a run is to go on with others: what was not there begins."""
+        left = [tuple(one) for one in state]
+        found = []
+        for name, own in self.state_dict():
+            kept = next((one for one in left if one[0] == name), None)
+            if kept is not None:
+                left.remove(kept)
+            found.append([name, own if kept is None else kept[1]])
+        return found
 
     def check_fit(self, state: Sequence[Any]) -> None:
         """Raises CheckpointError where the saved states are those of other transforms."""
