@@ -36,6 +36,6 @@ def test_no_tensor_is_copied() -> None:
 
 
 def test_a_type_without_a_name_is_refused() -> None:
-    numbers.check_type(torch.ones(1), "here")
+    numbers.check_type(torch.ones(1), lambda: "here")
     with pytest.raises(CheckpointError, match="here is complex64, which a checkpoint cannot hold"):
-        numbers.check_type(torch.ones(1, dtype=torch.complex64), "here")
+        numbers.check_type(torch.ones(1, dtype=torch.complex64), lambda: "here")

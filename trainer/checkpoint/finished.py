@@ -38,7 +38,7 @@ def _copy(tensor: Tensor, where: str) -> Tensor:
         raise CheckpointError(
             f"{where} is complex: a model.safetensors holds real numbers, so keep it as view_as_real."
         )
-    return nested.plain(tensor, where)
+    return nested.plain(tensor, lambda: where)
 
 
 def load_start(path: Path, model: Any) -> None:

@@ -78,49 +78,54 @@ def together(structure: Any, tensors: dict[str, dict[str, Tensor]], where: Path)
     return state
 
 
-def plain(tensor: Tensor, where: str) -> Tensor:
-    """A copy in the CPU's memory, as a file can have it. Raises CheckpointError for what it cannot."""
+def plain(tensor: Tensor, where: Callable[[], str]) -> Tensor:
+    """A copy in the CPU's memory, as a file can have it. Raises CheckpointError for what it cannot, naming `where`."""
     if tensor.layout is not torch.strided:
         raise CheckpointError(
-            f"{where} is a tensor of layout {str(tensor.layout).removeprefix('torch.')}: a checkpoint holds dense ones "
-            "only, so keep it as its indices and values, or to_dense()."
+            f"{where()} is a tensor of layout {str(tensor.layout).removeprefix('torch.')}: a checkpoint holds dense "
+            "ones only, so keep it as its indices and values, or to_dense()."
         )
-    copy = tensor.detach().to("cpu", copy=True).resolve_conj().resolve_neg().contiguous()
+    copy = tensor.detach().to("cpu", copy=True)
     if copy.is_complex():  # the library reads complex64 only
-        copy = torch.view_as_real(copy)
+        copy = torch.view_as_real(copy.resolve_conj())
+    if copy.is_neg():
+        copy = copy.resolve_neg()
     numbers.check_type(copy, where)
-    return copy
+    return copy.contiguous()
 
 
 def _taken_apart(value: Any, stem: str, path: str, tensors: dict[str, Tensor]) -> Any:
-    where = f"the state at '{path if stem == 'rest' else f'{stem}/{path}' if path else stem}'"
+    # This runs on the step's thread: words for an error are made only where there is one.
+    kind = type(value)
+    if value is None or kind is str or kind is int or kind is bool:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, Tensor):
         while path in tensors:  # a key may itself hold a slash
             path += "'"
         # A copy of its own: a file holds no views, and two names may stand for one tensor.
-        tensors[path] = plain(value, where)
+        tensors[path] = plain(value, partial(_where, stem, path))
         return {_COMPLEX if value.is_complex() else _TENSOR: path}
+    start = f"{path}/" if path else ""
     if isinstance(value, Mapping):
-        if not all(isinstance(key, str | int) and not isinstance(key, bool) for key in value):
-            raise CheckpointError(f"{where} has keys that are neither texts nor numbers: it cannot be saved.")
-        return {
-            "mapping": [
-                [key, _taken_apart(item, stem, f"{path}/{key}" if path else str(key), tensors)]
-                for key, item in value.items()
-            ]
-        }
-    if isinstance(value, list | tuple):
-        return {
-            "tuple" if isinstance(value, tuple) else "list": [
-                _taken_apart(item, stem, f"{path}/{index}" if path else str(index), tensors)
-                for index, item in enumerate(value)
-            ]
-        }
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if value is None or isinstance(value, bool | int | float | str):
+        if not all(isinstance(key, (str, int)) and not isinstance(key, bool) for key in value):
+            raise CheckpointError(
+                f"{_where(stem, path)} has keys that are neither texts nor numbers: it cannot be saved."
+            )
+        return {"mapping": [[key, _taken_apart(item, stem, f"{start}{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_taken_apart(item, stem, f"{start}{index}", tensors) for index, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if isinstance(value, (int, str)):
         return value
-    raise CheckpointError(f"{where} is {type(value).__name__}: a checkpoint holds tensors, numbers and texts only.")
+    raise CheckpointError(
+        f"{_where(stem, path)} is {kind.__name__}: a checkpoint holds tensors, numbers and texts only."
+    )
+
+
+def _where(stem: str, path: str) -> str:
+    return f"the state at '{path if stem == 'rest' else f'{stem}/{path}' if path else stem}'"
 
 
 def _put_together(value: Any, tensors: dict[str, dict[str, Tensor]], stem: str, where: Path) -> Any:

@@ -1,7 +1,7 @@
 """Tensors as the bytes of a safetensors file, without a copy of them; the reading is the library's."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ def size_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def check_type(tensor: Tensor, where: str) -> None:
+def check_type(tensor: Tensor, where: Callable[[], str]) -> None:
     """Raises CheckpointError for a tensor that the format has no name for."""
     if tensor.dtype not in _NAMES:
-        raise CheckpointError(f"{where} is {str(tensor.dtype).removeprefix('torch.')}, which a checkpoint cannot hold.")
+        raise CheckpointError(
+            f"{where()} is {str(tensor.dtype).removeprefix('torch.')}, which a checkpoint cannot hold."
+        )
