@@ -91,7 +91,7 @@ def named_for(model: Any, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
 class Trained:
     """The parameters under training: those of the optimizers, by name, and their gradients."""
 
-    def __init__(self, model: Any, optimizers: Sequence[Optimizer], narrow: Narrow) -> None:
+    def __init__(self, model: Any, optimizers: Sequence[Optimizer], narrow: Narrow | None = None) -> None:
         self._model = model
         self._narrow = narrow
         self._optimizers = optimizers
@@ -110,7 +110,8 @@ class Trained:
                 size += len(group["params"])
         if size != self._size:
             self._size = size
-            self._narrow.take(self._optimizers)
+            if self._narrow is not None:
+                self._narrow.take(self._optimizers)
             self.by_name = named_for(self._model, self._optimizers)
             own = {id(parameter) for parameter in self.by_name.values()}
             others = named_parameters(self._model).values()
