@@ -200,13 +200,14 @@ class Step:
 
     def gradient(self) -> dict[str, Tensor]:
         """The open window's true gradient by name, over all ranks, before any clip. After it only cancel() is left."""
-        if self._open is None:
+        open_ = self._begin(None) if self._open is None and self.reducer is not None else self._open
+        if open_ is None:
             raise ConfigError("gradient() came without an open window: call accumulate(micro_batch) before it.")
-        self._open.check_whole()
+        open_.check_whole()
         if self.reducer is not None:
-            self.reducer.close(self._open, self.parameters, self._trace)
+            self.reducer.close(open_, self.parameters, self._trace)
         gradients = self.parameters.gradients()
-        norms.scale(list(gradients.values()), self._unscale(self._open, gradients))
+        norms.scale(list(gradients.values()), self._unscale(open_, gradients))
         return {name: gradient.clone() for name, gradient in self.parameters.gradients().items()}
 
     # The stages, in the order above.

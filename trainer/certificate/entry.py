@@ -60,6 +60,7 @@ def certify(
         parameters,
         Asked(asked.reduction, asked.coefficients, count_rows),
         [] if loop is None else [("loop", loop)],
+        settings.get("ranks"),
     )
     if loop is not None:
         if settings:
@@ -78,8 +79,8 @@ def certify_step(step: Step, window: Sequence[Any], keywords: Mapping[str, Any])
     """
     parameters = {name: one for name, one in step.parameters.by_name.items() if one.requires_grad}
     asked = Asked(step.settings.reduction, step.settings.coefficients, keywords.get("count_rows"))
-    lab = Lab(step.model, step.objective, window, parameters, asked)
-    path = StepPath(step.model, step.objective, parameters, keywords)
+    lab = Lab(step.model, step.objective, window, parameters, asked, ranks=step.ranks)
+    path = StepPath(step.model, step.objective, parameters, {**keywords, "ranks": step.ranks})
     return examine(lab, path, keywords.get("precision", "fp32"))
 
 

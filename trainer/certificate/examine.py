@@ -15,6 +15,7 @@ from trainer.certificate.compare import UNIT, Floors
 from trainer.certificate.cut import explain_cut, explain_stochastic
 from trainer.certificate.draws import Kind
 from trainer.certificate.lab import Lab, Run
+from trainer.certificate.over_ranks import agreed, every, replicas
 from trainer.certificate.paths import LoopPath, Path
 from trainer.certificate.search import Goal, Search
 from trainer.errors import TrainerError
@@ -24,7 +25,9 @@ _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 def examine(lab: Lab, path: Path, precision: str) -> Certificate:
     """Hold a path against the reference. Raises what the user's own code raises in both."""
-    return _Examination(lab, path, precision).certificate()
+    certificate = _Examination(lab, path, precision).certificate()
+    certificate.findings = agreed(lab.ranks, certificate.findings)
+    return certificate
 
 
 class _Examination:
@@ -34,13 +37,17 @@ class _Examination:
 
     def certificate(self) -> Certificate:
         said, lab = self._said, self._lab
+        odd = replicas(lab.ranks, lab.parameters)
+        if odd is not None:
+            said.findings.append(odd)
+            return said
         run = self._try(lambda: lab.by(self._path, lab.window))
         while isinstance(run, Run) and not _finite(run) and self._path.back_off():
             run = self._try(lambda: lab.by(self._path, lab.window))
         reference = self._reference(run)
         said.reference = _name(self._lab.dtype)
         said.draws = sorted(reference.drawn)
-        if not _finite(reference):
+        if not every(lab.ranks, _finite(reference)):
             said.findings.append(
                 Finding("nonfinite", None, None, "the reference gradient itself is not finite.", math.inf)
             )
@@ -52,7 +59,7 @@ class _Examination:
             *itertools.pairwise(lab.reference(lab.window[:1], self._lab.dtype) for _ in range(3)),
         ]
         for one, other in pairs:
-            if not self._alike(one, other):
+            if not every(lab.ranks, self._alike(one, other)):
                 said.findings.append(explain_stochastic(lab, self._lab.dtype, one, other))
                 return said
         neutral = reference
@@ -122,20 +129,19 @@ class _Examination:
     def _hold_path(self, run: Run | Exception, reference: Run, neutral: Run, unit: float) -> None:
         said, lab = self._said, self._lab
         draws: Kind | None = None
-        if reference.drawn and not self._path.takes_draws:
+        if reference.drawn and not (self._path.takes_draws and lab.ranks.world_size == 1):
             draws, reference = "neutral", neutral
             run = self._try(lambda: lab.by(self._path, lab.window, draws=draws))
         how: Kind = draws or "equal"
-        goal = Goal(reference, *self._floors(reference, how, unit, lab.window, 2, unit))
+        goal = Goal(reference, *self._floors(reference, how, unit, lab.window, 2, unit), lab.ranks)
         self._add_rounding(goal)
         if isinstance(run, Run) and not goal.reached(run):
             # A second look before an alarm: the drawn noise of a run may be larger than that of two others.
             wider = self._floors(
                 reference, how, unit, lab.window, 16, max(unit, compare.norm_floor(goal.floors, reference.gradient))
             )
-            goal = Goal(
-                reference, *(_larger(a, b) for a, b in zip((goal.floors, goal.buffer_floors), wider, strict=True))
-            )
+            larger = _larger(goal.floors, wider[0]), _larger(goal.buffer_floors, wider[1])
+            goal = Goal(reference, *larger, lab.ranks)
             self._add_rounding(goal)
         if isinstance(run, Run) and not goal.reached(run) and reference.drawn and draws is None:
             equal = self._try(lambda: lab.by(self._path, lab.window, draws="equal"))

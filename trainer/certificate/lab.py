@@ -12,10 +12,12 @@ from trainer import rng
 from trainer.certificate import wide
 from trainer.certificate.batches import cast, copied, mapped
 from trainer.certificate.draws import Draws, Kind
+from trainer.certificate.over_ranks import of_all
 from trainer.certificate.paths import Path
 from trainer.certificate.probe import Probe
 from trainer.certificate.reference import Asked, Gradient, Window, gradient
 from trainer.certificate.snapshot import Snapshot
+from trainer.distributed.ranks import OneProcess, Ranks
 from trainer.gradient.parameters import named_modules
 
 
@@ -45,6 +47,7 @@ class Lab:
     Args:
         parameters: those whose gradient is certified, by name.
         roots: what else a run may change, by name.
+        ranks: other processes with windows of their own; the reference is then of all of them.
     """
 
     def __init__(
@@ -55,9 +58,12 @@ class Lab:
         parameters: Mapping[str, Tensor],
         asked: Asked,
         roots: Sequence[tuple[str, Any]] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.objective, self.parameters, self.asked = model, objective, parameters, asked
-        self.window = list(window)
+        self.ranks: Ranks = ranks or OneProcess()
+        self._own = list(window)
+        self.window = of_all(self.ranks, self._own, next(iter(parameters.values())).device)
         self.dtype = torch.float64
         """Of the reference: float32 where float64 does not run."""
         self.clones = True
@@ -137,8 +143,11 @@ class Lab:
         run, used = Run({}), wide.Used()
 
         def look() -> None:
-            run.buffers = self._buffers()
+            # Of several ranks each has the buffers of its own rows.
+            run.buffers = self._buffers() if self.ranks.world_size == 1 else {}
 
+        if window is self.window and "ranks" not in off:
+            window = self._own
         with self._from_the_start(), ExitStack() as stack:
             stack.enter_context(wide.noting_autocast(used))
             for name in sorted(off & PATCHES.keys()):

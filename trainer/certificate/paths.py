@@ -103,6 +103,8 @@ _OFF: dict[str, Any] = {"activation_checkpointing": None, "precision": "fp32", "
 
 
 def _is_off(name: str, value: Any) -> bool:
+    if name == "ranks":
+        return value is None or value.world_size == 1
     return value == _OFF[name] or (name == "precision" and value == "fp64") or getattr(value, "mode", "") == "none"
 
 

@@ -13,10 +13,12 @@ from trainer.certificate import compare
 from trainer.certificate.certificate import Finding
 from trainer.certificate.compare import Floors
 from trainer.certificate.lab import Lab, Run
+from trainer.certificate.over_ranks import every, told_otherwise
 from trainer.certificate.paths import Path
 from trainer.certificate.probe import Probe, first_not_finite, first_to_recompute_otherwise
 from trainer.certificate.weighed import weighed_otherwise
 from trainer.certificate.wide import as_written, without_checkpointing
+from trainer.distributed.ranks import Ranks
 
 _RECOMPUTES = {"checkpoint", "activation_checkpointing"}
 SETTINGS = {
@@ -38,6 +40,7 @@ class Goal:
     reference: Run
     floors: Floors
     buffer_floors: Floors
+    ranks: Ranks
 
     def excess(self, run: Run) -> float:
         """By how much the gradient is beyond rounding; 1 or less is agreement."""
@@ -47,7 +50,7 @@ class Goal:
         return compare.worst(run.buffers, self.reference.buffers, self.buffer_floors) if run.buffers else 0.0
 
     def reached(self, run: Run) -> bool:
-        return self.excess(run) <= 1.0 and self.buffer_excess(run) <= 1.0
+        return every(self.ranks, self.excess(run) <= 1.0 and self.buffer_excess(run) <= 1.0)
 
 
 class Search:
@@ -66,6 +69,9 @@ class Search:
         """What breaks this run of the path."""
         found: list[Finding] = []
         error = self._error(run)
+        weighed = self._goal.reference.window
+        if weighed is not None and (odd := told_otherwise(self._lab.ranks, weighed.weights, error)) is not None:
+            return [odd]
         for off in self._smallest_mends():
             # Something changed in place is wrong with and without a recompute: the two are one finding.
             names = [name for name in off if name != "saved" or not set(off) & _RECOMPUTES]

@@ -27,7 +27,7 @@ def weighed_otherwise(lab: Lab, path: Path, reference: Run, run: Run, floors: Fl
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         reason = f"{names}{more} get no gradient, and get one in the reference."
         return Finding("missing", None, missing[0].rpartition(".")[0], reason, error)
-    if len(lab.window) > 1 and _mends_whole(lab, path, floors, draws):
+    if len(lab.window) > 1 and lab.ranks.world_size == 1 and _mends_whole(lab, path, floors, draws):
         reason = (
             "with the whole batch as one micro-batch it is right, and the gradient of several is no weighted sum of "
             "theirs: something is carried over from one to the next, or is stepped on in between."
