@@ -24,9 +24,11 @@ from trainer.step import Step
 PARTS = {
     "model": "parameters and buffers, by the model's own names",
     "optimizers": "each optimizer's state and its groups' hyperparameters",
-    "step": "clocks, skips in a row, the schedule, and the open window: its gradients, sums, weights and buffers",
+    "step": "clocks, skips in a row, schedule, loss scale, gradient transforms, float32 masters, and the open window: "
+    "its gradients, sums, weights and buffers",
     "rng": "the generators of python, numpy, torch and each device",
-    "run": "the place in the data, the last metrics, the best so far, an evaluation that is owed or half done",
+    "run": "the place in the data, the last metrics, the best so far, an evaluation that is owed or half done, what "
+    "the instruments have counted, and the machine",
     "config": "what the run was made from, as plain values",
 }
 """Every part, with a line each. Where ranks differ (`rng`, and the open window of `step`), a part `ranks` holds a list

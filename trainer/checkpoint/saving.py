@@ -51,7 +51,6 @@ class Saving:
 
         Raises CheckpointError for what cannot be saved, or for an earlier save that failed.
         """
-        self.look()
         taken = snapshot(state)
 
         def job() -> None:
