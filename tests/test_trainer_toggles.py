@@ -556,7 +556,7 @@ def test_check_first_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True))
     mixes = lambda model, micro_batch: model(micro_batch[0]).mean() ** 2  # noqa: E731
     trainer, hears = made(mixes, check="first_step", accumulation_steps=2)
-    with pytest.raises(WrongGradientError, match="WRONG GRADIENT: accumulation_steps in objective"):
+    with pytest.raises(WrongGradientError, match="WRONG GRADIENT: accumulation_steps in the objective"):
         trainer.fit()
     assert hears.steps == []
 

@@ -24,7 +24,8 @@ class Finding:
     error: float = 0.0
 
     def __str__(self) -> str:
-        where = "" if self.module is None else f" in {self.module}" if self.module else " in the model itself"
+        known = {None: "", "": " in the model itself", "objective": " in the objective"}
+        where = known.get(self.module, f" in module '{self.module}'")
         return f"{self.setting or 'none of the settings'}{where}: {self.reason}"
 
 
