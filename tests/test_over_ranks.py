@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainer import Cotangents, Step, Sum
 from trainer.distributed import ManyProcesses
+from trainer.gradient.report import FREE_READS
 from trainer.optim import adamw, sgd
 
 Cut = list[tuple[int, int]]
@@ -212,6 +213,28 @@ def test_parameters_without_a_gradient_on_one_rank_sparse_and_complex_gradients(
 def test_float32_and_half_precision() -> None:
     holds_alike(UNEVEN, "mlp", "tokens", dtype=torch.float32, closely=1e-6)
     holds_alike(UNEVEN, "mlp", "tokens", dtype=torch.bfloat16, closely=2e-2)
+
+
+def dealt_on_a_device(rank, world, cuts, *arguments, **keywords):
+    """The CPU treated as a device whose numbers are not read."""
+    FREE_READS.discard("cpu")
+    try:
+        return runs(ManyProcesses(), cuts[rank], *arguments, **keywords)
+    finally:
+        FREE_READS.add("cpu")
+
+
+@pytest.mark.parametrize("objective", ["tokens", "both", "means", "told", "sometimes"])
+def test_the_path_of_a_device(objective) -> None:
+    for cuts in (UNEVEN, EMPTY):
+        left, right = over_ranks(dealt_on_a_device, cuts, "mlp", objective, clip_norm=0.5)
+        read, _ = over_ranks(dealt, cuts, "mlp", objective, clip_norm=0.5)
+        for here, there, known in zip(left, right, read, strict=True):
+            assert here[1] == there[1]
+            assert here[1][0] == pytest.approx(known[1][0], rel=1e-6) and here[1][4:] == known[1][4:]
+            for name, gradient in known[0].items():
+                assert torch.equal(here[0][name], there[0][name])
+                torch.testing.assert_close(here[0][name], gradient, rtol=1e-6, atol=1e-9)
 
 
 def free(rank, world, cuts, clip_norm, objective):
