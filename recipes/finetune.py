@@ -1,5 +1,6 @@
 """A Hugging Face language model, from a folder or made small on the spot, on text. trainer train recipe=finetune"""
 
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,13 +48,27 @@ def language_model(path: str | None = None, kind: str = "llama", config: Mapping
     if path is not None:
         model = _from_folder(package.AutoModelForCausalLM, path, "model", dtype="auto")
     else:
-        words = tokenizer()
-        ends = {"bos_token_id": words.eos_token_id, "eos_token_id": words.eos_token_id}
-        made = package.AutoConfig.for_model(kind, vocab_size=len(words), **ends, **(config or {}))
-        model = package.AutoModelForCausalLM.from_config(made)
+        model = _new(package, kind, config or {})
     model.config.use_cache = False  # it is of use when text is made, and is in the way of activation checkpointing
     found: nn.Module = model
     return found
+
+
+def _new(package: Any, kind: str, config: Mapping[str, Any]) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
+
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=3) or ["llama", "gpt2", "qwen3"]
+        raise ConfigError(
+            f"model.kind={kind}: transformers has no causal language model of that name; it has {', '.join(near)}, …"
+        )
+    words = tokenizer()
+    ends = {"bos_token_id": words.eos_token_id, "eos_token_id": words.eos_token_id}
+    try:
+        made = package.AutoConfig.for_model(kind, vocab_size=len(words), **ends, **config)
+        return package.AutoModelForCausalLM.from_config(made)
+    except Exception as error:  # of several kinds, each a sentence about the config
+        raise ConfigError(f"model.config makes no {kind}: {_first_line(error)}") from error
 
 
 def tokenizer(path: str | None = None) -> Any:
@@ -78,8 +93,13 @@ def _from_folder(kind: Any, path: str, what: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(path, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
-        line = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.path={path} holds no {what} that transformers can read: {line}") from None
+        raise ConfigError(
+            f"model.path={path} holds no {what} that transformers can read: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 class Text(Dataset[Item]):

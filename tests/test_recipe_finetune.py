@@ -237,6 +237,20 @@ def test_a_folder_that_is_not_there_and_one_without_a_model(here, capsys):
     assert "holds no model that transformers can read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("model.kind=gpt3", "model.kind=gpt3: transformers has no causal language model of that name; it has "),
+        ("model.config.num_attention_heads=5", "model.config makes no llama: "),
+        ("model.config.hidden_size=many", "model.config makes no llama: "),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_a_sentence(here, capsys, word, says):
+    assert main(["train", "recipe=finetune", word]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(says) and said.count("\n") == 1
+
+
 def test_without_transformers_the_words_that_install_it(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["train", "recipe=finetune"]) == 2
