@@ -466,8 +466,28 @@ def test_segments_raise_no_false_alarm(make: Callable[[], Task]) -> None:
     passes(task, activation_checkpointing=task.segments)
 
 
-# oneDNN has no LSTM of bfloat16 with a backward: torch raises.
-@pytest.mark.parametrize("make", [make for make in BY_TORCH if make is not lstm])
+# Where a narrow type does something of its own: routes, rounds, saturates, is left by autocast for float32.
+NARROW = [
+    mlp,
+    group_norm,
+    frozen_batch_norm,
+    transformer_encoder,
+    attention_of_torch,
+    gru,
+    complex_parameters,
+    sparse_embedding,
+    weight_norm,
+    experts,
+    masked_experts,
+    noise,
+    rounding_straight_through,
+    attention_by_hand,
+    fused_attention,
+    token_sums,
+]
+
+
+@pytest.mark.parametrize("make", NARROW)
 def test_bf16_raises_no_false_alarm(make: Callable[[], Task]) -> None:
     torch.manual_seed(0)
     passes(make(), precision="bf16")
