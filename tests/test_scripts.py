@@ -70,7 +70,12 @@ def test_wrong(): raise ValueError
 
 def start(script: Path, *arguments: str, cwd: Path) -> "subprocess.Popen[str]":
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTEST"))}
-    environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment |= {
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_PLUGINS": "xdist.plugin",
+    }
     return subprocess.Popen(
         [sys.executable, str(script), *arguments],
         cwd=cwd,
