@@ -38,10 +38,13 @@ class Whole:
 
     def of(self, kind: Kind) -> tuple[tuple, float]:
         if kind.name not in self._known:
-            with scratch() as run:
-                began = time.monotonic()
-                found = outcome(kind, run)
-                self._known[kind.name] = (found, time.monotonic() - began)
+            taken = []
+            for _ in range(3):  # the shortest: a busy machine would else let most runs end before they are struck
+                with scratch() as run:
+                    began = time.monotonic()
+                    found = outcome(kind, run)
+                    taken.append(time.monotonic() - began)
+            self._known[kind.name] = (found, min(taken))
         return self._known[kind.name]
 
 
