@@ -32,5 +32,5 @@ def test_batch_norm_under_accumulation_is_exit_code_6_and_named_for_machines(cap
 def test_a_run_with_a_wrong_gradient_does_not_begin(here, capsys) -> None:
     words = ["recipe=conv", "model.width=4", "data.batch_size=16", "gradient.accumulation_steps=2", "run=mine"]
     assert main(["train", *words, "check=first_step"]) == 6
-    assert "WRONG GRADIENT: accumulation_steps in 1" in capsys.readouterr().err
+    assert "WRONG GRADIENT: accumulation_steps in module '1'" in capsys.readouterr().err
     assert not list(here.rglob("last.safetensors"))
