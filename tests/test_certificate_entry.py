@@ -36,6 +36,25 @@ def test_a_clean_model_passes(settings) -> None:
     assert certificate.error <= 4 * certificate.floor
 
 
+def test_a_gradient_that_some_micro_batches_do_not_write_is_noted() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.seldom = nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.always(x)
+            return out + self.seldom(x) * (x[:, :1] > 2) if (x[:, 0] > 2).any() else out
+
+    parts = window()
+    parts[1][0][0, 0], parts[0][0][:, 0], parts[2][0][:, 0] = 3.0, 0.0, 0.0
+    certificate = certify(Branching(), CROSS_ENTROPY, None, parts)
+    assert certificate.passed, str(certificate)
+    (note,) = [one for one in certificate.notes if "was written" in one]
+    assert note.startswith("the gradient of 'seldom.weight' was written once in a window of 3 micro-batches")
+    assert not [one for one in certify(net(), CROSS_ENTROPY, None, window()).notes if "was written" in one]
+
+
 def test_batch_statistics_under_accumulation_are_named_and_pass_without() -> None:
     assert only(certify(net(nn.BatchNorm1d(16)), CROSS_ENTROPY, None, window())) == (
         "batch_statistics",

@@ -11,7 +11,8 @@ from trainer.certificate.lab import Lab
 from trainer.certificate.paths import Loop, LoopPath, Path, StepPath
 from trainer.certificate.reference import Asked
 from trainer.data.sources import source_of
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, GradientError
+from trainer.gradient.invariants import check_writes
 from trainer.gradient.objective import as_objective
 from trainer.gradient.parameters import named_for, named_parameters
 from trainer.optim.update import as_optimizers
@@ -68,7 +69,7 @@ def certify(
         path: Path = LoopPath(model, loop, parameters, lr)
     else:
         path = StepPath(model, objective, parameters, {"count_rows": count_rows, **settings})
-    return examine(lab, path, settings.get("precision", "fp32"))
+    return _counted(examine(lab, path, settings.get("precision", "fp32")), path, len(window))
 
 
 def certify_step(step: Step, window: Sequence[Any], keywords: Mapping[str, Any]) -> Certificate:
@@ -81,7 +82,17 @@ def certify_step(step: Step, window: Sequence[Any], keywords: Mapping[str, Any])
     asked = Asked(step.settings.reduction, step.settings.coefficients, keywords.get("count_rows"))
     lab = Lab(step.model, step.objective, window, parameters, asked, ranks=step.ranks)
     path = StepPath(step.model, step.objective, parameters, {**keywords, "ranks": step.ranks})
-    return examine(lab, path, keywords.get("precision", "fp32"))
+    return _counted(examine(lab, path, keywords.get("precision", "fp32")), path, len(window))
+
+
+def _counted(certificate: Certificate, path: Path, micro_batches: int) -> Certificate:
+    """With a note on a gradient that was not written once for each micro-batch, which may be meant."""
+    if isinstance(path, StepPath):
+        try:
+            check_writes(path.writes, micro_batches)
+        except GradientError as uneven:
+            certificate.notes.append(str(uneven))
+    return certificate
 
 
 def _parameters(model: Any, optimizer: Any) -> dict[str, Tensor]:

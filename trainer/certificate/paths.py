@@ -15,6 +15,7 @@ from trainer.certificate.batches import copied
 from trainer.certificate.compare import UNIT
 from trainer.certificate.reference import Gradient, read
 from trainer.errors import ConfigError
+from trainer.gradient.invariants import writes
 from trainer.settings import GradientSettings, step_settings
 from trainer.step import Step
 
@@ -55,6 +56,8 @@ class StepPath:
         self._model, self._objective, self._parameters = model, objective, parameters
         self._keywords = dict(settings)
         self._loss_scale: float | None = None
+        self.writes: dict[str, int] = {}
+        """How often the gradient of each parameter was written, as it is configured."""
         self.settings: Mapping[str, str] = {
             name: str(value) for name, value in settings.items() if name in _OFF and not _is_off(name, value)
         }
@@ -87,8 +90,10 @@ class StepPath:
 
     def _gradient(self, step: Step, window: Sequence[Any], look: Callable[[], None]) -> Gradient:
         try:
-            for micro_batch in window:
-                step.accumulate(micro_batch, window)
+            with writes(self._parameters) as counts:
+                for micro_batch in window:
+                    step.accumulate(micro_batch, window)
+            self.writes = self.writes or counts
             found = step.gradient()
             look()
             return found
