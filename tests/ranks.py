@@ -32,6 +32,7 @@ class RankError(Exception):
 
 def _worker(rank: int, world: int, folder: str, pipe: Any, path: list[str], seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session ends its workers itself
+    os.setsid()  # a test that signals its whole process group does not mean these
     sys.path[:] = path
     import torch
     import torch.distributed as dist
@@ -117,8 +118,10 @@ _pool: Pool | None = None
 
 
 def pool() -> Pool:
-    """The session's processes, started when they are first asked for."""
+    """The session's processes, started when they are first asked for, and again where something ended them."""
     global _pool
+    if _pool is not None and not all(process.is_alive() for process in _pool.processes):
+        _pool.close()
     if _pool is None:
         _pool = Pool()
         atexit.register(_pool.close)

@@ -70,6 +70,10 @@ def killed(run: Path, rng: random.Random, background: bool) -> int:
     os.close(write)
     first = os.read(read, 4)  # it is under way
     time.sleep(rng.uniform(0, 0.03))
+    if rng.random() < 0.5:  # half of the kills wait for a save to be under way
+        patience = time.monotonic() + 0.2
+        while not any((run / folder.CHECKPOINTS).glob(".*")) and time.monotonic() < patience:
+            time.sleep(0.0002)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the child ended by itself"
