@@ -1,7 +1,7 @@
 """A picture's boxes as a tree of module calls, in which what repeats is drawn once and then counted."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from trainer.diagnose.picture import Box, Picture, size
 
@@ -109,9 +109,3 @@ def last_name(name: str) -> str:
     """A group's own name as it is shown inside the group around it: `attention` in `blocks.0`."""
     above, _, own = name.rpartition("/")
     return own.removeprefix(f"{above.rpartition('/')[2].partition(' ')[0]}.") if above else own
-
-
-def without_repeats(picture: Picture) -> Picture:
-    """The picture with its repeats collapsed, as a picture again."""
-    root, arrows = grouped(picture)
-    return replace(picture, boxes=list(root.boxes()), arrows=arrows)

@@ -165,23 +165,9 @@ def _of_backward(trace: Trace, roots: Sequence[Tensor], seeds: Sequence[Tensor])
         wrong = next((one for one in found if one is not None and not is_finite(one)), None)
         return None if wrong is None else Culprit("backward", "the sum of a gradient's parts", result=_bad(wrong))
     node, came, wrong = bad[0]
-    call = next((one for one in trace.calls if node in one.nodes), None) or _behind(trace, node, every)
+    call = trace.makers(every).get(node)
     place, module = (call.place, _module(call)) if call is not None else (None, "")
     return Culprit("backward", node.name(), module, place, [spread(one) for one in came], _bad(wrong))
-
-
-def _behind(trace: Trace, node: Any, every: Sequence[Any]) -> Call | None:
-    """The call of a node that shows in no result: that of the node which leads to it."""
-    made = {one: call for call in trace.calls for one in call.nodes}
-    for call in trace.calls:
-        for tensor in call.outputs:
-            if tensor.grad_fn is not None:
-                made.setdefault(tensor.grad_fn, call)
-    for one in every:
-        for following, _ in one.next_functions if one in made else ():
-            if following is not None:
-                made.setdefault(following, made[one])
-    return made.get(node)
 
 
 def _rows(suspect: Suspect, found: Culprit) -> list[int] | None:

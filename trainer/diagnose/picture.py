@@ -91,7 +91,7 @@ class _Drawing:
         self._tensor_keys: dict[int, str] = {}
         self._boxes: dict[str, Box] = {}
         self._arrows: dict[tuple[str, str], bool] = {}
-        self._calls = self._calls_of_nodes()
+        self._calls = trace.makers(self._nodes)
         self._keys = {node: f"n{index}" for index, node in enumerate(self._nodes)}
         if not every_node:
             self._keys |= {node: f"o{call.order}" for node, call in self._calls.items() if self._made_one(call)}
@@ -107,23 +107,6 @@ class _Drawing:
             self._root(name, root)
         self._cuts()
         return Picture(self._in_order(), [(start, end, cut) for (start, end), cut in self._arrows.items()])
-
-    def _calls_of_nodes(self) -> dict[Any, Call]:
-        """The call that made each node. One call makes several (linear: a transpose and an addmm); those that no
-        result shows belong to the call of the node that they lead to."""
-        made: dict[Any, Call] = {}
-        for call in self._trace.calls:
-            for node in call.nodes:
-                made.setdefault(node, call)
-        for call in self._trace.calls:  # the result of a Function of the user's gets its node when that is over
-            for tensor in call.outputs:
-                if tensor.grad_fn is not None:
-                    made.setdefault(tensor.grad_fn, call)
-        for node in self._nodes:  # nearest to the roots first
-            for following, _ in node.next_functions if node in made else ():
-                if following is not None:
-                    made.setdefault(following, made[node])
-        return made
 
     def _made_one(self, call: Call) -> bool:
         """Whether one box can stand for all nodes of a call: it has one result, or several of one node (chunk)."""

@@ -5,7 +5,7 @@ detach(), item(), argmax(), what runs under no_grad(). It makes a forward severa
 it alive, so it looks at one forward, after something went wrong or when it is asked.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +130,26 @@ class Trace(TorchFunctionMode):
     def maker(self, tensor: Tensor) -> Call | None:
         """The call that made a tensor of this forward."""
         return self._makers.get(id(tensor))
+
+    def makers(self, nodes: Sequence[Any]) -> dict[Any, Call]:
+        """The call that made each node of a graph, of nodes that are given nearest to the roots first.
+
+        One call makes several (linear: a transpose and an addmm); those that no result shows belong to the call of the
+        node that leads to them.
+        """
+        made: dict[Any, Call] = {}
+        for call in self.calls:
+            for node in call.nodes:
+                made.setdefault(node, call)
+        for call in self.calls:  # the result of a Function of the user's gets its node when that is over
+            for tensor in call.outputs:
+                if tensor.grad_fn is not None:
+                    made.setdefault(tensor.grad_fn, call)
+        for node in nodes:
+            for following, _ in node.next_functions if node in made else ():
+                if following is not None:
+                    made.setdefault(following, made[node])
+        return made
 
     def sharing(self, storage: int) -> list[Tensor]:
         """The tensors of this forward that lie in a storage (its `_cdata`), in the order in which they appeared."""
