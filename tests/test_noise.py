@@ -60,6 +60,32 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert 0.9 <= sum(hits) / len(hits) <= 0.99
 
 
+def test_a_run_that_goes_on_in_mid_window_comes_to_the_same_estimate() -> None:
+    def made() -> tuple[Step, NoiseScale]:
+        model = Point(50, 0.5)
+        step = Step(model, lambda m, x: m(x).mean(), Manual(model.parameters(), lr=0.0))
+        noise = NoiseScale(step, 1)
+        step.after_backward.append(noise)
+        return step, noise
+
+    generator = torch.Generator().manual_seed(0)
+    windows = [[torch.randn(4, 50, generator=generator, dtype=torch.float64) for _ in range(3)] for _ in range(9)]
+    whole, undisturbed = made()
+    for window in windows:
+        whole(window)
+    first, noise = made()
+    for window in windows[:4]:
+        first(window)
+    first.accumulate(windows[4][0], windows[4])
+    second, went_on = made()
+    second.load_state_dict(first.state_dict())
+    went_on.load_state_dict(noise.state_dict())
+    for window in windows[4:]:
+        second(window)
+    assert went_on.scale() == undisturbed.scale()
+    assert went_on.scale().windows == len(windows)
+
+
 def test_one_of_so_many_windows_is_measured() -> None:
     scale, truth = measured([8, 8], windows=90, away=0.5, every=3)
     assert scale.low < truth < scale.high

@@ -16,7 +16,7 @@ ROWS = torch.ones(4, 2)
 def run(model: nn.Module, objective: Any, steps: int = 12, after: Any = None) -> list[str]:
     said: list[str] = []
     step = Step(model, objective, sgd(model.parameters(), lr=0.01))
-    step.after_backward.append(Retention(said.append, lambda: {"model": model, "objective": objective}))
+    step.after_backward.append(Retention(step, said.append))
     for _ in range(steps):
         report = step([ROWS])
         if after is not None:

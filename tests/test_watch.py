@@ -27,7 +27,7 @@ def test_a_deep_chain_of_sigmoids_has_vanishing_gradients() -> None:
     assert said[0].startswith("the gradient of '0.weight'")
     assert "has vanished" in said[0]
     assert "at step 3" in said[0]
-    assert any(line.startswith("vanished: '0.weight'") for line in watch.health())
+    assert any(line.startswith("vanished: '0.weight'") for line in watch.words())
 
 
 @pytest.mark.parametrize("between", [nn.ReLU, nn.Tanh, nn.Identity])
@@ -35,8 +35,8 @@ def test_a_sound_net_is_not_mentioned(between: type[nn.Module]) -> None:
     torch.manual_seed(0)
     said, watch = said_by(nn.Sequential(nn.Linear(4, 16), between(), nn.Linear(16, 16), between(), nn.Linear(16, 2)))
     assert said == []
-    assert len(watch.health()) == 1
-    assert watch.health()[0].startswith("median norm ")
+    assert len(watch.words()) == 1
+    assert watch.words()[0].startswith("median norm ")
 
 
 def test_biases_that_have_no_gradient_by_design_are_not_mentioned() -> None:
@@ -65,7 +65,7 @@ def test_an_explosion_is_said_once() -> None:
     assert len(said) == 1
     assert said[0].startswith("the gradient exploded: its norm is")
     assert "at step 5" in said[0]
-    assert "it exploded at least once" in watch.health()
+    assert "it exploded at least once" in watch.words()
 
 
 def test_a_layer_that_no_gradient_reaches_any_more() -> None:
@@ -82,10 +82,10 @@ def test_a_layer_that_no_gradient_reaches_any_more() -> None:
     assert len(said) == 1
     assert said[0].startswith("no gradient reaches 'first.")
     assert said[0].endswith("any more, at step 5; before, one did.")
-    assert any(line.startswith("stopped: 'first.bias'") for line in watch.health())
+    assert any(line.startswith("stopped: 'first.bias'") for line in watch.words())
 
 
 def test_skips_are_not_looked_at() -> None:
     said, watch = said_by(nn.Linear(4, 1), rows=torch.full((2, 4), float("nan")))
     assert said == []
-    assert watch.health() == []
+    assert watch.words() == []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer.diagnose.cuts import Flow, connected
 from trainer.diagnose.graphs import withholding
+from trainer.diagnose.instrument import Instrument
 from trainer.diagnose.mistakes import Forward
 from trainer.gradient import norms
 from trainer.gradient.parameters import named_parameters
@@ -72,6 +73,16 @@ def _not_given(roots: Sequence[Tensor], parameter: Tensor) -> str:
     if function is not None:
         return f"backward of {function} gave none for what it was part of"
     return "this forward does not always use it"
+
+
+class Wiring(Instrument):
+    """Says at the start of a run who holds which parameter, where that is wrong."""
+
+    def __init__(self, step: Any) -> None:
+        self._step = step
+
+    def notes(self) -> list[str]:
+        return wiring(self._step.model, self._step.parameters.by_name)
 
 
 class FirstStep:

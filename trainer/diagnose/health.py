@@ -1,9 +1,10 @@
-"""A run's audit and its watch over gradients: what they find is told to the loggers, each thing once."""
+"""A run's instruments: what they find is told to the loggers, each thing once."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainer.diagnose.audit import FirstStep, wiring
+from trainer.diagnose.audit import FirstStep, Wiring
+from trainer.diagnose.instrument import Instrument
 from trainer.diagnose.noise import NoiseScale
 from trainer.diagnose.retention import Retention
 from trainer.diagnose.watch import Watch
@@ -11,6 +12,25 @@ from trainer.errors import ConfigError, WrongGradientError
 from trainer.gradient.report import Report
 from trainer.loggers.events import Found
 from trainer.settings import Settings
+
+
+def instruments(step: Any, settings: Settings, found: Callable[[str], None]) -> dict[str, Instrument]:
+    """Those that the settings ask for, by the name that their state is saved under."""
+    wanted = settings.diagnose
+    chosen: dict[str, Instrument] = {}
+    if wanted.audit:
+        chosen |= {"wiring": Wiring(step), "watch": Watch()}
+        chosen["retention"] = retention = Retention(step, found)
+        step.after_backward.append(retention)
+    if wanted.noise_scale is not None:
+        if settings.gradient.accumulation_steps < 2:
+            raise ConfigError(
+                "diagnose.noise_scale compares the micro-batches of a window with the whole, and here a window is "
+                "one micro-batch: set gradient.accumulation_steps to 2 or more."
+            )
+        chosen["noise_scale"] = noise_scale = NoiseScale(step, wanted.noise_scale)
+        step.after_backward.append(noise_scale)
+    return chosen
 
 
 class Health:
@@ -28,23 +48,10 @@ class Health:
     def __init__(self, step: Any, tell: Callable[[Found], None], settings: Settings) -> None:
         self._step = step
         self._tell = tell
-        wanted = settings.diagnose
-        self._watch = Watch() if wanted.audit else None
+        self._instruments = instruments(step, settings, self._found)
         self.step: Callable[..., Report] = step
-        if wanted.audit and not step.clocks.windows:
+        if settings.diagnose.audit:
             self.step = FirstStep(step, self._found, self._is_over)
-        if wanted.audit:
-            held = {"model": step.model, "objective": step.objective}
-            step.after_backward.append(Retention(self._found, lambda: held))
-        self._noise: NoiseScale | None = None
-        if wanted.noise_scale is not None:
-            if settings.gradient.accumulation_steps < 2:
-                raise ConfigError(
-                    "diagnose.noise_scale compares the micro-batches of a window with the whole, and here a window is "
-                    "one micro-batch: set gradient.accumulation_steps to 2 or more."
-                )
-            self._noise = NoiseScale(step, wanted.noise_scale)
-            step.after_backward.append(self._noise)
 
     def before_first(self, certify: Callable[[Any], Any]) -> None:
         """Have the first window's gradient certified before it becomes a step (`check=first_step`).
@@ -67,30 +74,27 @@ class Health:
 
     def notes(self) -> list[str]:
         """What can be said before the first step."""
-        return wiring(self._step.model, self._step.parameters.by_name) if self._watch is not None else []
+        return [note for one in self._instruments.values() for note in one.notes()]
 
     def look(self, report: Report) -> None:
         """Now and then, when a report is read anyway."""
-        scale = self._noise.scale() if self._noise is not None else None
-        if scale is not None:
-            report.measured["gradient/noise_scale"] = scale.rows
-        if self._watch is not None:
-            for finding in self._watch.look(self._step.parameters.by_name, report):
+        for one in self._instruments.values():
+            for finding in one.look(self._step.parameters.by_name, report):
                 self._found(finding)
 
     def words(self) -> list[str]:
         """How the gradient did, for the run's end."""
-        said = self._watch.health() if self._watch is not None else []
-        scale = self._noise.scale() if self._noise is not None else None
-        return [*said, f"{scale}: windows of fewer rows lose little"] if scale is not None else said
+        return [line for one in self._instruments.values() for line in one.words()]
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """What was seen and said so far; None where nothing is looked at."""
-        return self._watch.state_dict() if self._watch is not None else None
+    def state_dict(self) -> dict[str, Any]:
+        """What each instrument has seen and said so far."""
+        states = {name: one.state_dict() for name, one in self._instruments.items()}
+        return {name: state for name, state in states.items() if state is not None}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        if self._watch is not None and state is not None:
-            self._watch.load_state_dict(state)
+        for name, one in self._instruments.items():
+            if state is not None and name in state:
+                one.load_state_dict(state[name])
         if self._step.clocks.steps:
             self._is_over()
 

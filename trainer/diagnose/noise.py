@@ -8,13 +8,16 @@ may even come out negative, so it is their averages that are divided: the averag
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.diagnose.instrument import Instrument
 from trainer.gradient.open_window import OpenWindow
+from trainer.gradient.report import Report
 from trainer.gradient.weights import host_number
 
 _REMEMBERED = 1_000
@@ -35,7 +38,7 @@ class Scale:
         return f"noise scale {self.rows:.0f} rows (95 %: {self.low:.0f} to {high}, from {self.windows} windows)"
 
 
-class NoiseScale:
+class NoiseScale(Instrument):
     """Called with the open window when one of its micro-batches is done; measures one of so many windows.
 
     It costs, in a window that is measured, a copy of the gradient and one pass over it for each micro-batch. Windows
@@ -54,6 +57,35 @@ class NoiseScale:
         self._before: list[Tensor] | None = None
         self._weight = self._rows = 0.0
         self._squares: list[tuple[float, float]] = []
+
+    def look(self, parameters: Mapping[str, Tensor], report: Report) -> list[str]:
+        scale = self.scale()
+        if scale is not None:
+            report.measured["gradient/noise_scale"] = scale.rows
+        return []
+
+    def words(self) -> list[str]:
+        scale = self.scale()
+        return [] if scale is None else [f"{scale}: windows of fewer rows lose little"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "found": [list(pair) for pair in self._found],
+            "window": {
+                "before": self._before,
+                "squares": [list(pair) for pair in self._squares],
+                "weight": self._weight,
+                "rows": self._rows,
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._found = deque(((signal, noise) for signal, noise in state["found"]), maxlen=_REMEMBERED)
+        window = state["window"]
+        self._squares = [(square, rows) for square, rows in window["squares"]]
+        self._weight, self._rows = window["weight"], window["rows"]
+        before = window["before"]
+        self._before = None if before is None else [one.to(self._step.device) for one in before]
 
     def __call__(self, window: OpenWindow, roots: list[Tensor]) -> None:
         drawn = window.drawn

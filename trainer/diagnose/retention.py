@@ -8,7 +8,7 @@ import gc
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer.diagnose.graphs import nodes
 from trainer.diagnose.holders import named_holder
+from trainer.diagnose.instrument import Instrument
 
 _KEY = "trainer.retention"
 _DENSE, _SPARSE = 16, 64
@@ -31,17 +32,17 @@ class _Sentinel:
     __slots__ = ("__weakref__",)
 
 
-class Retention:
+class Retention(Instrument):
     """Called with the roots of each backward when it is over.
 
     Args:
+        step: whose backwards these are; the holder is looked for in its model and objective too.
         found: hears the sentence, once.
-        roots: what to look for the holder in, by name; asked for only then.
     """
 
-    def __init__(self, found: Callable[[str], None], roots: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, step: Any, found: Callable[[str], None]) -> None:
         self._found = found
-        self._roots = roots
+        self._searched = {"model": step.model, "objective": step.objective}
         self._count = 0
         self._marks: deque[weakref.ref[_Sentinel]] = deque(maxlen=_ALIVE)
         self._collections = 0
@@ -70,7 +71,7 @@ class Retention:
         return all(mark() is not None for mark in self._marks)
 
     def _sentence(self) -> str:
-        holder = named_holder(_holds_marked, {**self._roots(), **_variables()})
+        holder = named_holder(_holds_marked, {**self._searched, **_variables()})
         who = f"'{holder[0]}' holds them" if holder is not None else "something holds them that could not be found"
         return (
             f"the graphs of earlier micro-batches stay alive, {_ALIVE} of the last {_ALIVE} that were looked at, and "

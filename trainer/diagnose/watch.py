@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.diagnose.audit import listed
+from trainer.diagnose.instrument import Instrument
 from trainer.gradient.norms import plain
 from trainer.gradient.report import Report
 
@@ -25,7 +26,7 @@ IN_A_ROW = 3
 _REMEMBERED = 50
 
 
-class Watch:
+class Watch(Instrument):
     """Looks at gradients now and then, and remembers what it said."""
 
     def __init__(self) -> None:
@@ -38,7 +39,6 @@ class Watch:
         self._skips = 0
 
     def look(self, parameters: Mapping[str, Tensor], report: Report) -> list[str]:
-        """What is new since the last look, a sentence each."""
         if report.skipped:
             self._skips += 1
             return []
@@ -69,8 +69,7 @@ class Watch:
         self._had, self._said = set(state["had"]), set(state["said"])
         self._looks, self._skips = state["looks"], state["skips"]
 
-    def health(self) -> list[str]:
-        """How the gradient did, in words, for the end of a run."""
+    def words(self) -> list[str]:
         if not self._looks:
             return []
         said = []

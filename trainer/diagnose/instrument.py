@@ -1,0 +1,35 @@
+"""What an instrument of a run is: something that looks at the gradient beside the training, and never changes it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from trainer.gradient.report import Report
+
+
+class Instrument:
+    """An instrument has of these five what it needs. All that it says is a sentence, or a line of words.
+
+    One that looks at micro-batches hangs itself on `Step.after_backward` as well.
+    """
+
+    def notes(self) -> list[str]:
+        """What can be said before the first step."""
+        return []
+
+    def look(self, parameters: Mapping[str, Tensor], report: Report) -> list[str]:
+        """What is new. Called now and then, when a report is read anyway: numbers for the loggers go into
+        `report.measured`."""
+        return []
+
+    def words(self) -> list[str]:
+        """How the gradient did, for the run's end."""
+        return []
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was seen and said so far: numbers, words and tensors. None where nothing has to be kept."""
+        return None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
