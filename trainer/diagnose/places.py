@@ -37,10 +37,10 @@ class Place:
         return f"{where} (`{self.text}`)" if self.text else where
 
 
-def here() -> Place | None:
-    """The innermost line of the user's code on the stack right now."""
+def here(below: FrameType | None = None) -> Place | None:
+    """The innermost line of the user's code on the stack right now; only of what the frame `below` has called."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame is not below:
         if _is_the_users(frame.f_code.co_filename):
             return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back
