@@ -509,6 +509,35 @@ def test_the_noise_scale(tmp_path) -> None:
         Trainer(model, MSE, sgd(model.parameters(), lr=1e-3), data=data, noise_scale=2, **QUIET)
 
 
+@tries("term_gradients")
+def test_the_gradients_of_terms(tmp_path, capsys) -> None:
+    def objective(model, batch):
+        return {"up": (model(batch[0]) - 9.0).square().mean(), "down": (model(batch[0]) + 9.0).square().mean()}
+
+    watched = {"tensorboard": True, "metrics_file": True, "console": True, "folder": tmp_path, "log_every": 2}
+    found = []
+    for settings in ({"term_gradients": 2, **watched}, {}):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = sgd(model.parameters(), lr=1e-3)
+        trainer = Trainer(model, objective, optimizer, data=rows(24), seed=0, **{**QUIET, "steps": 9, **settings})
+        stop = trainer.fit()
+        found.append((bits(contents.model_state(model)), stop.health))
+    assert found[0][0] == found[1][0]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step" and "measured" in line]
+    assert [line["steps"] for line in steps] == [1, 2, 4, 6, 8]
+    assert all(set(line["measured"]) == {"terms/up/norm", "terms/down/norm", "terms/up·down/cosine"} for line in steps)
+    shown = EventAccumulator(str(tmp_path)).Reload().Scalars("terms/up·down/cosine")
+    assert [event.value for event in shown] == pytest.approx([one["measured"]["terms/up·down/cosine"] for one in steps])
+    said = [line["text"] for line in lines if line["event"] == "found" and "against each other" in line["text"]]
+    assert len(said) == 1 and "the terms 'up' and 'down' pull against each other" in said[0]
+    assert f"found: {said[0]}" in capsys.readouterr().out
+    assert any("terms 'up' and 'down' against each other (cosine -" in words for words in found[0][1])
+    with pytest.raises(ConfigError, match="names none: return"):
+        Trainer(model, MSE, optimizer, data=rows(6), term_gradients=2, **QUIET)
+
+
 @tries("audit")
 @pytest.mark.parametrize("audit", [True, False])
 def test_the_audit(tmp_path, capsys, audit) -> None:

@@ -183,6 +183,9 @@ class DiagnoseSettings:
     noise_scale: int | None = setting(
         None, "estimate the gradient noise scale from one of so many windows (null: not at all)", ge=1
     )
+    term_gradients: int | None = setting(
+        None, "norm of each named term's gradient and their cosines, in one of so many windows (null: not at all)", ge=1
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

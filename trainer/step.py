@@ -26,7 +26,7 @@ from trainer.gradient.clipping import Clipping, Measured
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.invariants import Untouched, check
 from trainer.gradient.narrow import Narrow
-from trainer.gradient.objective import Objective, as_objective, terms_of
+from trainer.gradient.objective import Objective, Term, as_objective, terms_of
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.over_ranks import reducer_for, why
 from trainer.gradient.parameters import Trained
@@ -104,6 +104,8 @@ class Step:
         self._expected: dict[str, float] = {}
         self._moving = False
         self._trace = Trace()
+        self.before_backward: list[Callable[[OpenWindow, Term, Tensor], None]] = []
+        """Instruments (`trainer.diagnose`): called with the window, each term and what its backward will start from."""
         self.after_backward: list[Callable[[OpenWindow, list[Tensor]], None]] = []
         """Instruments (`trainer.diagnose`): called with the window and the roots when a micro-batch is done."""
 
@@ -159,6 +161,8 @@ class Step:
                 continue
             if not term.value.requires_grad:
                 raise not_connected(term.name, self._as_it_was(micro_batch))
+            for look in self.before_backward:
+                look(open_, term, seed)
             apart = open_.terms[term.name].apart
             if apart is None:
                 roots.append(term.value)
@@ -176,8 +180,8 @@ class Step:
             self._trace.values += len(roots)
             self._trace.backward_calls += 1
         open_.count(micro_batch)
-        for look in self.after_backward:
-            look(open_, roots)
+        for look_back in self.after_backward:
+            look_back(open_, roots)
 
     def finish(self, norms: bool = False) -> Report:
         """End the window: in a step, or in a skip that leaves parameters, buffers and optimizer state as they were."""

@@ -7,6 +7,7 @@ from trainer.diagnose.audit import FirstStep, Wiring
 from trainer.diagnose.instrument import Instrument
 from trainer.diagnose.noise import NoiseScale
 from trainer.diagnose.retention import Retention
+from trainer.diagnose.terms import TermGradients
 from trainer.diagnose.watch import Watch
 from trainer.errors import ConfigError, WrongGradientError
 from trainer.gradient.report import Report
@@ -30,6 +31,8 @@ def instruments(step: Any, settings: Settings, found: Callable[[str], None]) -> 
             )
         chosen["noise_scale"] = noise_scale = NoiseScale(step, wanted.noise_scale)
         step.after_backward.append(noise_scale)
+    if wanted.term_gradients is not None:
+        chosen["term_gradients"] = TermGradients(step, wanted.term_gradients)
     return chosen
 
 
