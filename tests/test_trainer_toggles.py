@@ -20,7 +20,7 @@ from trainer import CheckpointError, ConfigError, DataError, DivergedError, Sum,
 from trainer.checkpoint import contents, folder, store
 from trainer.checkpoint.folder import listed
 from trainer.data import order
-from trainer.errors import TrainerError, TrainerWarning
+from trainer.errors import GradientError, TrainerError, TrainerWarning
 from trainer.optim import sgd
 from trainer.settings import flat_names
 
@@ -320,7 +320,7 @@ def test_evaluation() -> None:
         assert set(sees.modes) == {expected}
 
 
-@tries("activation_checkpointing", "segments", "segment_modules")
+@tries("activation_checkpointing", "segments", "segment_modules", "verify_recompute")
 def test_activation_checkpointing() -> None:
     counts = {}
 
@@ -343,6 +343,16 @@ def test_activation_checkpointing() -> None:
         assert counts["forwards"] == forwards, settings
         if "segments" in settings:
             assert len(trainer.step._segments.cuts[0].parts) == 4
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            counts["forwards"] += 1
+            return super().forward(x) * counts["forwards"]
+
+    model = nn.Sequential(Counting(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    trainer, _ = made(model=model, steps=1, activation_checkpointing="segments", segments=1, verify_recompute=True)
+    with pytest.raises(GradientError, match="comes out otherwise than in forward, first by mul"):
+        trainer.fit()
 
 
 @tries("epochs", "rows", "time")

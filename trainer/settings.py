@@ -100,6 +100,9 @@ class ActivationCheckpointingSettings:
     modules: list[str] = setting(
         [], "patterns of module names, each matching module a segment (blocks.*)", flat="segment_modules"
     )
+    verify: bool = setting(
+        False, "compare what is computed again with what forward computed, bit for bit", flat="verify_recompute"
+    )
 
     def __post_init__(self) -> None:
         if self.mode == "segments" and self.segments is not None and self.modules:
