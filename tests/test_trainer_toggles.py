@@ -537,15 +537,38 @@ def test_the_gradients_of_terms(tmp_path, capsys) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["event"] == "step" and "measured" in line]
     assert [line["steps"] for line in steps] == [1, 2, 4, 6, 8]
-    assert all(set(line["measured"]) == {"terms/up/norm", "terms/down/norm", "terms/up·down/cosine"} for line in steps)
-    shown = EventAccumulator(str(tmp_path)).Reload().Scalars("terms/up·down/cosine")
-    assert [event.value for event in shown] == pytest.approx([one["measured"]["terms/up·down/cosine"] for one in steps])
+    assert all(set(line["measured"]) == {"terms/up/norm", "terms/down/norm", "terms/down·up/cosine"} for line in steps)
+    shown = EventAccumulator(str(tmp_path)).Reload().Scalars("terms/down·up/cosine")
+    assert [event.value for event in shown] == pytest.approx([one["measured"]["terms/down·up/cosine"] for one in steps])
     said = [line["text"] for line in lines if line["event"] == "found" and "against each other" in line["text"]]
-    assert len(said) == 1 and "the terms 'up' and 'down' pull against each other" in said[0]
+    assert len(said) == 1 and "the terms 'down' and 'up' pull against each other" in said[0]
     assert f"found: {said[0]}" in capsys.readouterr().out
-    assert any("terms 'up' and 'down' against each other (cosine -" in words for words in found[0][1])
+    assert any("terms 'down' and 'up' against each other (cosine -" in words for words in found[0][1])
     with pytest.raises(ConfigError, match="names none: return"):
         Trainer(model, MSE, optimizer, data=rows(6), term_gradients=2, **QUIET)
+
+
+@tries("source_gradients")
+def test_the_gradients_of_sources(tmp_path) -> None:
+    class Rows(Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, row):
+            return {"x": rows(24)[0][row], "source": "web" if row % 3 else "book"}
+
+    def objective(model, batch):
+        return model(batch["x"]).square().mean()
+
+    model = nn.Linear(3, 1)
+    optimizer = sgd(model.parameters(), lr=1e-3)
+    settings = {**QUIET, "metrics_file": True, "folder": tmp_path, "log_every": 2, "steps": 4}
+    Trainer(model, objective, optimizer, data=Rows(), source_gradients=2, **settings).fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    tags = [set(line["measured"]) for line in lines if line.get("measured")]
+    assert tags == [{"sources/web/norm", "sources/book/norm", "sources/book·web/cosine"}] * 3
+    with pytest.raises(ConfigError, match="nothing looks at them: set diagnose.source_gradients"):
+        Trainer(model, objective, optimizer, data=Rows(), sources=lambda batch: "all", **QUIET)
 
 
 @tries("audit")

@@ -189,6 +189,9 @@ class DiagnoseSettings:
     term_gradients: int | None = setting(
         None, "norm of each named term's gradient and their cosines, in one of so many windows (null: not at all)", ge=1
     )
+    source_gradients: int | None = setting(
+        None, "the same of each source of the rows, which the micro-batches name (null: not at all)", ge=1
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

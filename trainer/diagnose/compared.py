@@ -42,7 +42,7 @@ def compare(gradients: Mapping[str, Parts], factors: Mapping[str, float]) -> Com
     Args:
         factors: what each gradient still has to be multiplied with.
     """
-    names = list(gradients)
+    names = sorted(gradients)  # a pair has one name, whatever came first
     gram: Tensor | None = None
     for parts in zip(*(gradients[name] for name in names), strict=True):
         there = next((part for part in parts if part is not None), None)

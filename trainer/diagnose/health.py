@@ -7,6 +7,7 @@ from trainer.diagnose.audit import FirstStep, Wiring
 from trainer.diagnose.instrument import Instrument
 from trainer.diagnose.noise import NoiseScale
 from trainer.diagnose.retention import Retention
+from trainer.diagnose.sources import NameSources, SourceGradients
 from trainer.diagnose.terms import TermGradients
 from trainer.diagnose.watch import Watch
 from trainer.errors import ConfigError, WrongGradientError
@@ -15,7 +16,9 @@ from trainer.loggers.events import Found
 from trainer.settings import Settings
 
 
-def instruments(step: Any, settings: Settings, found: Callable[[str], None]) -> dict[str, Instrument]:
+def instruments(
+    step: Any, settings: Settings, found: Callable[[str], None], sources: NameSources | None = None
+) -> dict[str, Instrument]:
     """Those that the settings ask for, by the name that their state is saved under."""
     wanted = settings.diagnose
     chosen: dict[str, Instrument] = {}
@@ -33,6 +36,10 @@ def instruments(step: Any, settings: Settings, found: Callable[[str], None]) -> 
         step.after_backward.append(noise_scale)
     if wanted.term_gradients is not None:
         chosen["term_gradients"] = TermGradients(step, wanted.term_gradients)
+    if wanted.source_gradients is not None:
+        chosen["source_gradients"] = SourceGradients(step, wanted.source_gradients, sources)
+    elif sources is not None:
+        raise ConfigError("sources= was given, and nothing looks at them: set diagnose.source_gradients, to 50 say.")
     return chosen
 
 
@@ -43,15 +50,18 @@ class Health:
         step: the run's.
         tell: what hears of each finding.
         settings: the run's; of them `diagnose`.
+        sources: tells the sources of a micro-batch's rows.
 
     Attributes:
         step: what the run calls for its steps: the audit until a first one was taken, from then on the step itself.
     """
 
-    def __init__(self, step: Any, tell: Callable[[Found], None], settings: Settings) -> None:
+    def __init__(
+        self, step: Any, tell: Callable[[Found], None], settings: Settings, sources: NameSources | None = None
+    ) -> None:
         self._step = step
         self._tell = tell
-        self._instruments = instruments(step, settings, self._found)
+        self._instruments = instruments(step, settings, self._found, sources)
         self.step: Callable[..., Report] = step
         if settings.diagnose.audit:
             self.step = FirstStep(step, self._found, self._is_over)
