@@ -1,7 +1,11 @@
-"""Processes that load data: killed, hung, gone, raising. A clear error, no orphan, and the run goes on bit for bit."""
+"""Processes that load data: killed, hung, out of memory, gone, raising. A clear error, no orphan, and the run goes on
+bit for bit."""
 
+import functools
 import multiprocessing
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,27 +15,34 @@ from pathlib import Path
 import pytest
 import torch
 from runs import Items, bits, rows, trainer_of
+from tally import Tally, scratch, times
 from test_run_state import differing, whole_state
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from trainer import DataError
+from trainer.checkpoint.folder import last
 from trainer.data import workers
 from trainer.errors import TrainerWarning
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals of POSIX, limits and /proc of Linux")
+resource = pytest.importorskip("resource", reason="Windows has no limits on a process")
 STEPS = {"steps": 6, "evaluate_every": None, "metrics_file": True}
 
 
 class Breaks(Items):
-    """Items of which one does something bad, once: a file tells that it was done."""
+    """Items of which one does something bad once, when it is asked for the n-th time: a file counts."""
 
-    def __init__(self, count: int, how: str, mark: Path, row: int = 17) -> None:
+    def __init__(self, count: int, how: str, mark: Path, row: int = 17, visit: int = 1) -> None:
         super().__init__(count)
-        self.how, self.mark, self.row = how, mark, row
+        self.how, self.mark, self.row, self.visit = how, mark, row, visit
+
+    def collate_fn(self, items):
+        if self.how != "nothing to share":
+            return default_collate(items)
+        return tuple(torch.stack(column) for column in zip(*items, strict=True))  # not yet in shared memory
 
     def __getitem__(self, row: int):
-        if row == self.row and not self.mark.exists():
-            self.mark.touch()
+        if row == self.row and self._visited() == self.visit:
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif self.how == "crashed":
@@ -42,7 +53,31 @@ class Breaks(Items):
                 time.sleep(60)
             elif self.how == "raising":
                 raise LookupError("my own")
+            elif self.how == "python's memory":
+                limit(resource.RLIMIT_AS, own_size() + (1 << 28))
+                bytearray(1 << 32)
+            elif self.how == "torch's memory":
+                limit(resource.RLIMIT_AS, own_size() + (1 << 28))
+                torch.empty(1 << 32)
+            elif self.how in ("no shared memory", "nothing to share"):
+                limit(resource.RLIMIT_FSIZE, 8)
+            elif self.how == "unsendable":
+                return super().__getitem__(row)[0], (lambda: 0)
         return super().__getitem__(row)
+
+    def _visited(self) -> int:
+        with self.mark.open("ab") as file:
+            file.write(b".")
+        return self.mark.stat().st_size
+
+
+def own_size() -> int:
+    """Bytes of this process's address space."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def limit(what: int, value: int) -> None:
+    resource.setrlimit(what, (value, resource.getrlimit(what)[1]))
 
 
 class Stream(IterableDataset):
@@ -205,7 +240,103 @@ def test_a_signal_to_the_whole_group_stops_the_run_and_not_its_workers(number, t
         os.killpg(running.pid, 0)  # nobody is left of the group
 
 
-# The negative control: torch's own way tears a step.
+# The row of the programme.
+
+SAID = {
+    "killed": (DataError, r"a process that loads data died \(.*\): it was killed, often"),
+    "gone": (DataError, r"a process that loads data died \("),
+    "crashed": (DataError, r"a process that loads data died \("),
+    "hung": (DataError, r"for \d seconds \(data.timeout=2\): one hangs"),
+    "raising": (LookupError, r"(?s)in DataLoader worker process .*my own"),
+    "python's memory": (DataError, r"ran out of memory \(MemoryError, .*test_loaders.py:\d+ in __getitem__\): each"),
+    "torch's memory": (DataError, r"ran out of memory \(RuntimeError: .*you tried to allocate 17179869184 bytes"),
+    # Where a batch is made in shared memory, as torch's own collating does, and where only sending puts it there.
+    "no shared memory": (DataError, r"found no shared memory for a micro-batch \(.*\): make it larger"),
+    "nothing to share": (DataError, r"found no shared memory for a micro-batch \(.*\): make it larger"),
+}
+# An iterable's rows go to a default collate of torch's, and a loader of the user's is watched for deaths alone.
+ROWS = 12  # two windows in each of two epochs
+OF_DATASETS = {"nothing to share"}
+OF_OURS = {"hung"}
+
+
+def trials(count: int, seed: int) -> Tally:
+    """By turns every way to fail, of a random row at its first or second time, by one to three workers; then go on."""
+    tally, chance = Tally(), random.Random(seed)
+    for trial in range(count):
+        how = list(SAID)[trial % len(SAID)]
+        kinds = ["dataset", *(["stream"] if how not in OF_DATASETS else [])]
+        kinds += ["user's loader"] if how not in OF_DATASETS | OF_OURS else []
+        kind, row, visit = chance.choice(kinds), chance.randrange(ROWS), chance.choice((1, 2))
+        workers = chance.choice((1, 2, 3)) if kind == "dataset" else 2
+        with scratch() as there:
+            told = fails_once(there, how, kind, row, visit, workers)
+        tally.note(how, told and f"{how}, {kind}, row {row}, visit {visit}, {workers} workers: {told}")
+    return tally
+
+
+def fails_once(there: Path, how: str, kind: str, row: int, visit: int, workers: int) -> str | None:
+    """A run that fails so, and the same again: what was not as promised."""
+    before = children()
+    settings = {**STEPS, "steps": 4, "folder": there / "run", "timeout": 2.0}
+    items = Breaks(ROWS, how, there / "mark", row, visit)
+    trainer = trainer_of("items", data=of(kind, items), workers=workers, **settings)
+    error, words = SAID[how]
+    began = time.monotonic()
+    try:
+        trainer.fit()
+        return "nothing was told"
+    except error as told:
+        if not re.search(words, str(told)):
+            return f"said {told}"
+    took = time.monotonic() - began
+    if took > 10:
+        return f"{took:.0f} s until it was told"
+    if children() != before:
+        return "an orphan"
+    if trainer.step.is_open or trainer.step.is_torn:
+        return "the window is still open"
+    spoiled = {"start": 9, "poison": 1e4} if last(there / "run") else {}
+    again = trainer_of("items", data=of(kind, items), workers=workers, **spoiled, **settings)
+    again.fit(resume="auto")
+    apart = differing(never_failed(kind), whole_state(again))
+    return f"went on to another state: {apart[:3]}" if apart else None
+
+
+@functools.cache
+def never_failed(kind: str):
+    with scratch() as there:
+        data = of(kind, Breaks(ROWS, "nothing", there / "mark"))
+        run = trainer_of("items", data=data, workers=2, folder=there / "run", **STEPS | {"steps": 4})
+        run.fit()
+        return whole_state(run)
+
+
+def test_a_failing_worker_is_told_and_the_run_goes_on_bit_for_bit() -> None:
+    tally = trials(times(12), seed=1)
+    assert not tally.broken, tally
+    assert len(tally.outcomes) == len(SAID)
+
+
+def as_they_are(self, items):
+    return default_collate(items) if all(torch.is_tensor(item[1]) for item in items) else items
+
+
+def test_what_cannot_be_sent_is_told_at_once(tmp_path, monkeypatch) -> None:
+    data = Breaks(23, "unsendable", tmp_path / "mark", row=3)
+    monkeypatch.setattr(Breaks, "collate_fn", as_they_are)
+    trainer = trainer_of("items", data=data, workers=2, **STEPS | {"metrics_file": False})
+    with pytest.raises(DataError, match=r"could not be sent by the process that loads data \(.*[Pp]ickle.*\): make"):
+        trainer.fit()
+
+
+# The negative controls.
+
+
+def test_without_the_report_a_lack_of_shared_memory_is_silence(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "report_what_cannot_be_sent", lambda: None)
+    told = fails_once(tmp_path, "nothing to share", "dataset", row=7, visit=1, workers=1)
+    assert told is not None and "one hangs" in told
 
 
 def test_without_the_safeguard_a_death_comes_up_wherever_the_program_is(monkeypatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from trainer.data.worker_errors import explained, report_what_cannot_be_sent
 from trainer.errors import DataError, TrainerWarning
 
 PATIENCE = 1.0
@@ -27,8 +28,10 @@ _DEATH = ("DataLoader worker (pid", "Pin memory thread exited")
 
 
 def deaf(worker: int) -> None:
-    """What a worker does first: signals that go to a whole group of processes are its parent's to answer."""
+    """What a worker does first: signals that go to a whole group of processes are its parent's to answer, and what it
+    cannot send it tells."""
     del worker
+    report_what_cannot_be_sent()
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -63,7 +66,9 @@ def told(loader: "DataLoader[Any]") -> Iterator[Any]:
                 batch = next(batches)
             except StopIteration:
                 return
-            except (RuntimeError, OSError, EOFError) as error:
+            except (RuntimeError, OSError, EOFError, MemoryError) as error:
+                if found := explained(error):
+                    raise found from error
                 if not _is_of_death(error, workers):
                     raise
                 raise DataError(died(error)) from None
@@ -93,8 +98,10 @@ def _next(batches: Iterator[Any], workers: list[Any], timeout: float | None) -> 
     while True:
         try:
             return next(batches)
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError, MemoryError) as error:
             if "DataLoader timed out" not in str(error):
+                if found := explained(error):
+                    raise found from error
                 if not _is_of_death(error, workers):
                     raise
                 raise DataError(died(error)) from None
