@@ -20,7 +20,7 @@ from trainer import CheckpointError, ConfigError, DataError, DivergedError, Sum,
 from trainer.checkpoint import contents, folder, store
 from trainer.checkpoint.folder import listed
 from trainer.data import order
-from trainer.errors import TrainerError, TrainerWarning
+from trainer.errors import GradientError, TrainerError, TrainerWarning
 from trainer.optim import sgd
 from trainer.settings import flat_names
 
@@ -320,7 +320,7 @@ def test_evaluation() -> None:
         assert set(sees.modes) == {expected}
 
 
-@tries("activation_checkpointing", "segments", "segment_modules")
+@tries("activation_checkpointing", "segments", "segment_modules", "verify_recompute")
 def test_activation_checkpointing() -> None:
     counts = {}
 
@@ -343,6 +343,16 @@ def test_activation_checkpointing() -> None:
         assert counts["forwards"] == forwards, settings
         if "segments" in settings:
             assert len(trainer.step._segments.cuts[0].parts) == 4
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            counts["forwards"] += 1
+            return super().forward(x) * counts["forwards"]
+
+    model = nn.Sequential(Counting(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    trainer, _ = made(model=model, steps=1, activation_checkpointing="segments", segments=1, verify_recompute=True)
+    with pytest.raises(GradientError, match="comes out otherwise than in forward, first by mul"):
+        trainer.fit()
 
 
 @tries("epochs", "rows", "time")
@@ -399,14 +409,6 @@ def test_what_tensorboard_shows(tmp_path) -> None:
     norms = {event.step: event.value for event in found.Scalars("gradient/norm")}
     for weight, bias in whole:
         assert math.hypot(weight.value, bias.value) == pytest.approx(norms[weight.step], rel=1e-5)
-
-
-@tries("heat_map")
-def test_the_heat_map(tmp_path) -> None:
-    for name, settings in {"on": {}, "off": {"heat_map": False}, "no_audit": {"audit": False}}.items():
-        made(folder=tmp_path / name, tensorboard=True, **settings)[0].fit()
-        shown = EventAccumulator(str(tmp_path / name)).Reload().Tags()["tensors"]
-        assert ("gradient/by_layer" in shown) == (name != "off") == (tmp_path / name / "gradient_norms.png").exists()
 
 
 @tries("console", "tensorboard", "metrics_file")
@@ -515,6 +517,58 @@ def test_the_noise_scale(tmp_path) -> None:
     assert any(words.startswith("noise scale ") for words in stop.health)
     with pytest.raises(ConfigError, match="here a window is one micro-batch: set gradient.accumulation_steps to 2"):
         Trainer(model, MSE, sgd(model.parameters(), lr=1e-3), data=data, noise_scale=2, **QUIET)
+
+
+@tries("term_gradients")
+def test_the_gradients_of_terms(tmp_path, capsys) -> None:
+    def objective(model, batch):
+        return {"up": (model(batch[0]) - 9.0).square().mean(), "down": (model(batch[0]) + 9.0).square().mean()}
+
+    watched = {"tensorboard": True, "metrics_file": True, "console": True, "folder": tmp_path, "log_every": 2}
+    found = []
+    for settings in ({"term_gradients": 2, **watched}, {}):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = sgd(model.parameters(), lr=1e-3)
+        trainer = Trainer(model, objective, optimizer, data=rows(24), seed=0, **{**QUIET, "steps": 9, **settings})
+        stop = trainer.fit()
+        found.append((bits(contents.model_state(model)), stop.health))
+    assert found[0][0] == found[1][0]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step" and "measured" in line]
+    assert [line["steps"] for line in steps] == [1, 2, 4, 6, 8]
+    assert all(set(line["measured"]) == {"terms/up/norm", "terms/down/norm", "terms/down·up/cosine"} for line in steps)
+    shown = EventAccumulator(str(tmp_path)).Reload().Scalars("terms/down·up/cosine")
+    assert [event.value for event in shown] == pytest.approx([one["measured"]["terms/down·up/cosine"] for one in steps])
+    said = [line["text"] for line in lines if line["event"] == "found" and "against each other" in line["text"]]
+    assert len(said) == 1 and "the terms 'down' and 'up' pull against each other" in said[0]
+    assert f"found: {said[0]}" in capsys.readouterr().out
+    assert any("terms 'down' and 'up' against each other (cosine -" in words for words in found[0][1])
+    with pytest.raises(ConfigError, match="names none: return"):
+        Trainer(model, MSE, optimizer, data=rows(6), term_gradients=2, **QUIET)
+
+
+@tries("source_gradients")
+def test_the_gradients_of_sources(tmp_path) -> None:
+    class Rows(Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, row):
+            return {"x": rows(24)[0][row], "source": "web" if row % 3 else "book"}
+
+    def objective(model, batch):
+        return model(batch["x"]).square().mean()
+
+    model = nn.Linear(3, 1)
+    optimizer = sgd(model.parameters(), lr=1e-3)
+    settings = {**QUIET, "metrics_file": True, "folder": tmp_path, "log_every": 2, "steps": 4}
+    Trainer(model, objective, optimizer, data=Rows(), source_gradients=2, **settings).fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    tags = [set(line["measured"]) for line in lines if line.get("measured")]
+    assert tags == [{"sources/web/norm", "sources/book/norm", "sources/book·web/cosine"}] * 3
+    with pytest.raises(ConfigError, match="nothing looks at them: set diagnose.source_gradients"):
+        Trainer(model, objective, optimizer, data=Rows(), sources=lambda batch: "all", **QUIET)
 
 
 @tries("audit")

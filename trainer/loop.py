@@ -54,6 +54,7 @@ class Trainer:
         folder: where logs and checkpoints go; without one nothing is written.
         loggers: objects with some of the five events of `trainer.loggers.events`, beside those of the settings.
         count_rows: rows of a micro-batch, where the first dimension of its first tensor is not that.
+        sources: the source of a micro-batch's rows, one or one for each, for `source_gradients`.
         recipe: a name for the console and the logs.
         config: what the run was made from, kept with the logs and the checkpoints.
         settings: all toggles; or give them flat: `accumulation_steps=4, clip_norm=1.0, epochs=3, …`.
@@ -74,6 +75,7 @@ class Trainer:
         folder: str | Path | None = None,
         loggers: Sequence[Any] = (),
         count_rows: Callable[[Any], int] | None = None,
+        sources: Callable[[Any], Any] | None = None,
         recipe: str | None = None,
         config: dict[str, Any] | None = None,
         settings: Settings | None = None,
@@ -115,7 +117,7 @@ class Trainer:
             evaluation_data, self.step, metrics, self.settings, self._device, self._signals, count_rows
         )
         self._loggers = Together([] if ranks.rank else [*chosen(self.settings.loggers, self.folder), *loggers])
-        self._health = Health(self.step, self._loggers.found, self.settings)
+        self._health = Health(self.step, self._loggers.found, self.settings, sources)
         parts: dict[str, Any] = {"evaluation": self._held_out, "health": self._health}
         self._limits = Limits(self.step.clocks)
         self._ranks = parts["ranks"] = RanksOfRun(self.step, self.settings, self._signals, self._limits)
@@ -152,13 +154,7 @@ class Trainer:
         self._feed.start()
         if self.settings.check is not None and not self.step.clocks.windows:
             self._health.before_first(self._certify)
-        who: dict[str, Any] = {
-            "recipe": self.recipe,
-            "folder": self.folder,
-            "config": self.config,
-            "device": str(self._device),
-        }
-        who["history"] = self._health.history
+        who = {"recipe": self.recipe, "folder": self.folder, "config": self.config, "device": str(self._device)}
         start = summary.start(
             self.step, self._feed.source, self.settings, notes, resumed, self.state.evaluated_at, **who
         )
@@ -292,7 +288,6 @@ class Trainer:
 
     def _skipped(self, report: Report) -> None:
         """Tell the loggers, and stop a run that only skips. On a device it comes when the report is read anyway."""
-        self._health.skip(report)
         self._loggers.skip(report)
         most = self.settings.limits.skips_in_a_row
         if most is not None and int(self.step.skips_in_a_row) >= most:

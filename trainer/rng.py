@@ -55,6 +55,12 @@ def moved(state: Mapping[str, Any]) -> bool:
     )
 
 
+def drawing() -> Callable[[], bool]:
+    """Answers, when it is called later, whether any generator was drawn from since now."""
+    held = [(get, get()) for get, _ in _generators().values()]
+    return lambda: not all(_same(get(), state) for get, state in held)
+
+
 def restore(state: Mapping[str, Any]) -> None:
     """Put all states back; those of devices that are not here are left out. Raises CheckpointError for what is none."""
     try:

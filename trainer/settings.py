@@ -100,6 +100,9 @@ class ActivationCheckpointingSettings:
     modules: list[str] = setting(
         [], "patterns of module names, each matching module a segment (blocks.*)", flat="segment_modules"
     )
+    verify: bool = setting(
+        False, "compare what is computed again with what forward computed, bit for bit", flat="verify_recompute"
+    )
 
     def __post_init__(self) -> None:
         if self.mode == "segments" and self.segments is not None and self.modules:
@@ -165,10 +168,6 @@ class LoggerSettings:
     tensorboard: bool = setting(True, "TensorBoard events in the run's folder")
     metrics: bool = setting(True, "metrics.jsonl in the run's folder", flat="metrics_file")
     axis: Clock = setting("steps", "the clock on TensorBoard's axis", flat="log_axis")
-    heat_map: bool = setting(
-        True,
-        "gradient norm of each layer over the run as an image in TensorBoard, at the end as gradient_norms.png too",
-    )
     layer_norms: int | None = setting(
         None, "norm of each parameter and its gradient in TensorBoard, every so many ticks (null: none)", ge=1
     )
@@ -186,6 +185,12 @@ class DiagnoseSettings:
     )
     noise_scale: int | None = setting(
         None, "estimate the gradient noise scale from one of so many windows (null: not at all)", ge=1
+    )
+    term_gradients: int | None = setting(
+        None, "norm of each named term's gradient and their cosines, in one of so many windows (null: not at all)", ge=1
+    )
+    source_gradients: int | None = setting(
+        None, "the same of each source of the rows, which the micro-batches name (null: not at all)", ge=1
     )
 
 

@@ -9,24 +9,23 @@ On the CPU both are read, which costs nothing there; elsewhere both stay on the 
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer import kernels
+from trainer import kernels, step_state
 from trainer.activations.segments import segments_for
 from trainer.diagnose.mistakes import Forward, explain, not_connected, written_in_forward
 from trainer.distributed.ranks import OneProcess, Ranks
 from trainer.errors import ConfigError, DivergedError, GradientError, Paused
-from trainer.gradient import norms, saved, skips
+from trainer.gradient import norms, skips
 from trainer.gradient.apart import add_apart, backward_apart
 from trainer.gradient.clipping import Clipping, Measured
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.invariants import Untouched, check
 from trainer.gradient.narrow import Narrow
-from trainer.gradient.objective import Objective, as_objective, terms_of
+from trainer.gradient.objective import Objective, Term, as_objective, terms_of
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.over_ranks import reducer_for, why
 from trainer.gradient.parameters import Trained
@@ -104,6 +103,8 @@ class Step:
         self._expected: dict[str, float] = {}
         self._moving = False
         self._trace = Trace()
+        self.before_backward: list[Callable[[OpenWindow, Term, Tensor], None]] = []
+        """Instruments (`trainer.diagnose`): called with the window, each term and what its backward will start from."""
         self.after_backward: list[Callable[[OpenWindow, list[Tensor]], None]] = []
         """Instruments (`trainer.diagnose`): called with the window and the roots when a micro-batch is done."""
 
@@ -159,6 +160,8 @@ class Step:
                 continue
             if not term.value.requires_grad:
                 raise not_connected(term.name, self._as_it_was(micro_batch))
+            for look in self.before_backward:
+                look(open_, term, seed)
             apart = open_.terms[term.name].apart
             if apart is None:
                 roots.append(term.value)
@@ -176,8 +179,8 @@ class Step:
             self._trace.values += len(roots)
             self._trace.backward_calls += 1
         open_.count(micro_batch)
-        for look in self.after_backward:
-            look(open_, roots)
+        for look_back in self.after_backward:
+            look_back(open_, roots)
 
     def finish(self, norms: bool = False) -> Report:
         """End the window: in a step, or in a skip that leaves parameters, buffers and optimizer state as they were."""
@@ -392,26 +395,7 @@ class Step:
         The optimizers' states are theirs, the parameters and buffers the model's.
         """
         self._check_whole()
-        window = None
-        if self._open is not None:
-            self._open.check_whole()
-            window = {
-                "sums": self._open.state_dict(),
-                "buffers": self._buffers.state_dict(),
-                "trace": asdict(self._trace),
-            }
-        return {
-            "clocks": self.clocks.state_dict(),
-            "skips_in_a_row": int(self.skips_in_a_row),
-            "expected": {name: float(weight) for name, weight in self._expected.items()},
-            "rates": self.rates.state_dict(),
-            "loss_scale": self._scale.state_dict(),
-            "transforms": self.transforms.state_dict(),
-            "masters": self._narrow.state_dict(self.parameters.by_name),
-            "open": window,
-            "gradients": saved.save(self.parameters.gradients(), self.settings.zero_grad, window is not None),
-            "aside": saved.save_aside(self._aside, self.parameters.by_name),
-        }
+        return step_state.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`, after the model and the optimizers have theirs. Where a window was open, the next
@@ -419,26 +403,4 @@ class Step:
 
         Raises CheckpointError, having changed nothing, for a gradient that does not fit the parameters.
         """
-        self.parameters.refresh()
-        self._clipping.refresh()
-        own = self.parameters.by_name
-        for part in ("gradients", "aside", "masters"):
-            saved.check_fit(state[part], own)
-        self.transforms.check_fit(state["transforms"])
-        self.clocks.load_state_dict(state["clocks"])
-        self.skips_in_a_row = int(state["skips_in_a_row"])
-        self._expected = dict(state["expected"])
-        self.rates.load_state_dict(state["rates"])
-        self._scale.load_state_dict(state["loss_scale"])
-        self.transforms.load_state_dict(state["transforms"])
-        self._narrow.load_state_dict(state["masters"], own)
-        put_back(saved.load(state["gradients"], own))
-        self._open, self._aside, self._moving = None, [], False
-        window = state["open"]
-        if window is not None:
-            self._open = self._window(None)
-            self._open.load_state_dict(window["sums"])
-            self._trace = Trace(**window["trace"])
-            self._buffers.load_state_dict(window["buffers"])
-            if self.settings.zero_grad == "never":
-                self._aside = saved.load(state["aside"], own)
+        step_state.load(self, state)

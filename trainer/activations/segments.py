@@ -9,8 +9,8 @@ changed in between is refused, as saved-tensor hooks switch torch's own check of
 
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from trainer.errors import ConfigError, GradientError, did_you_mean
+from trainer.activations import sentinel
+from trainer.activations.again import Again, Kept
+from trainer.errors import ConfigError, did_you_mean
 from trainer.settings import ActivationCheckpointingSettings, validated
 
 # A buffer of more bytes (a mask, a table of positions) is kept for backward only where forward changed it.
@@ -28,9 +30,11 @@ _SMALL = 1 << 16
 class Segments:
     """A context for forward: inside it, the chosen parts of the model are checkpointed."""
 
-    def __init__(self, model: nn.Module, cuts: Sequence["Cut"]) -> None:
+    def __init__(self, model: nn.Module, cuts: Sequence["Cut"], verify: bool = False) -> None:
         self._model = model
         self.cuts = list(cuts)
+        for segment in (segment for cut in self.cuts for segment in cut.segments):
+            segment.verify = verify
         self._ran = False
 
     def __enter__(self) -> None:
@@ -69,7 +73,7 @@ class Cut:
         self.ran = False
         self._own = "forward" in module.__dict__
         self._before: Any = None
-        self._segments = [_Segment(name, run) for run in (parts or [[("", module)]])]
+        self.segments = [_Segment(name, run) for run in (parts or [[("", module)]])]
 
     def install(self) -> None:
         self._before = self.module.forward
@@ -84,11 +88,11 @@ class Cut:
 
     def _run(self, *inputs: Any, **keywords: Any) -> Any:
         self.ran = True
-        return self._segments[0].run(self._before, *inputs, **keywords)
+        return self.segments[0].run(self._before, *inputs, **keywords)
 
     def _run_parts(self, value: Any) -> Any:
         self.ran = True
-        for segment in self._segments:
+        for segment in self.segments:
             value = segment.run(segment.through, value)
         return value
 
@@ -97,65 +101,13 @@ class Cut:
         return where if self.parts is None else f"{where} in {len(self.parts)} segments"
 
 
-@dataclass(slots=True)
-class _Kept:
-    """A buffer as it was before its segment ran. Without a copy it is itself still what it was."""
-
-    name: str
-    holder: nn.Module
-    key: str
-    buffer: Tensor | None
-    copy: Tensor | None
-    version: int
-
-
-class _Again:
-    """The segment as it was: unchanged parameters, and copies of the buffers in place of the buffers.
-
-    Entered once for every time that backward walks through the segment.
-    """
-
-    def __init__(self, versions: list[tuple[str, Tensor, int]], kept: list[_Kept]) -> None:
-        self._versions = versions
-        self._kept = kept
-        self._now: list[Tensor | None] = []
-
-    def __enter__(self) -> None:
-        for name, parameter, version in self._versions:
-            if parameter._version != version:
-                raise _changed("parameter", name)
-        for one in self._kept:
-            if one.copy is None and one.buffer is not None and one.buffer._version != one.version:
-                raise _changed("buffer", one.name)
-        copies: dict[int, Tensor] = {}
-        self._now = [one.holder._buffers.get(one.key) for one in self._kept]
-        for one in self._kept:
-            value = one.buffer
-            if one.copy is not None:
-                value = copies.get(id(one.copy))
-                if value is None:
-                    value = copies[id(one.copy)] = one.copy.clone()
-            one.holder._buffers[one.key] = value
-
-    def __exit__(self, *_: object) -> None:
-        for one, buffer in zip(self._kept, self._now, strict=True):
-            one.holder._buffers[one.key] = buffer
-        self._now = []
-
-
-def _changed(what: str, name: str) -> GradientError:
-    return GradientError(
-        f"the {what} '{name}' was changed between forward and the recompute of its segment: the gradient would be "
-        f"silently wrong. Change {what}s after the step, or set activation_checkpointing=none."
-    )
-
-
 class _Segment:
     """Modules that are computed again together."""
 
     def __init__(self, name: str, modules: list[tuple[str, nn.Module]]) -> None:
         self._modules = [(".".join(part for part in (name, own) if part), module) for own, module in modules]
         self._left_alone: set[str] = set()
+        self.verify = False
 
     def through(self, value: Any) -> Any:
         for _, module in self._modules:
@@ -168,16 +120,24 @@ class _Segment:
         versions = [(name, parameter, parameter._version) for name, parameter in self._parameters()]
         kept = self._keep()
 
-        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), _Again(versions, kept)
-
-        value = checkpoint(
-            forward, *inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **keywords
-        )
+        again = Again(versions, kept)
+        if self.verify:
+            value = sentinel.checkpointed(repr(self), self._modules, again, forward, inputs, keywords)
+        else:
+            contexts = nullcontext(), again
+            value = checkpoint(
+                forward, *inputs, use_reentrant=False, preserve_rng_state=True, context_fn=lambda: contexts, **keywords
+            )
         self._let_go(kept)
         return value
 
-    def _keep(self) -> list[_Kept]:
+    def __repr__(self) -> str:
+        first, last = self._modules[0][0], self._modules[-1][0]
+        if first == last:
+            return f"the segment '{first}'" if first else "the model"
+        return f"the segment '{first}' to '{last}'"
+
+    def _keep(self) -> list[Kept]:
         kept = []
         copies: dict[int, Tensor] = {}
         for prefix, outer in self._modules:
@@ -189,10 +149,10 @@ class _Segment:
                         if copy is None:
                             copy = copies[id(buffer)] = buffer.clone()
                     version = 0 if buffer is None else buffer._version
-                    kept.append(_Kept(f"{where}.{key}" if where else key, module, key, buffer, copy, version))
+                    kept.append(Kept(f"{where}.{key}" if where else key, module, key, buffer, copy, version))
         return kept
 
-    def _let_go(self, kept: list[_Kept]) -> None:
+    def _let_go(self, kept: list[Kept]) -> None:
         """Drop the copies of large buffers that forward left alone: looked at once, by their version from then on."""
         for one in kept:
             buffer, copy = one.buffer, one.copy
@@ -215,22 +175,32 @@ def segments_for(model: Any, wanted: ActivationCheckpointingSettings | int | Seq
 
     Raises ConfigError where the model cannot be cut so; the sentence names the modules that can.
     """
-    if wanted is None:
-        return None
-    if not isinstance(wanted, ActivationCheckpointingSettings):
-        by_number = {"segments": wanted} if isinstance(wanted, int) else {}
-        by_name = {} if isinstance(wanted, int) else {"modules": [wanted] if isinstance(wanted, str) else list(wanted)}
-        values = {"mode": "segments", **by_number, **by_name}
-        wanted = validated(ActivationCheckpointingSettings, values, "activation_checkpointing")
-    if wanted.mode == "none":
+    wanted = _as_settings(wanted)
+    if wanted is None or wanted.mode == "none":
         return None
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"activation_checkpointing=segments needs an nn.Module to cut; {type(model).__name__} is a plain object."
         )
-    if wanted.modules:
-        return Segments(model, _by_pattern(model, wanted.modules))
-    return Segments(model, [_by_number(model, wanted.segments)])
+    cuts = _by_pattern(model, wanted.modules) if wanted.modules else [_by_number(model, wanted.segments)]
+    return Segments(model, cuts, wanted.verify)
+
+
+def verified(wanted: ActivationCheckpointingSettings | int | Sequence[str] | None) -> Any:
+    """The same with each recompute held against its forward (`trainer.activations.sentinel`)."""
+    wanted = _as_settings(wanted)
+    return wanted if wanted is None or wanted.mode == "none" else replace(wanted, verify=True)
+
+
+def _as_settings(
+    wanted: ActivationCheckpointingSettings | int | Sequence[str] | None,
+) -> ActivationCheckpointingSettings | None:
+    if wanted is None or isinstance(wanted, ActivationCheckpointingSettings):
+        return wanted
+    by_number = {"segments": wanted} if isinstance(wanted, int) else {}
+    by_name = {} if isinstance(wanted, int) else {"modules": [wanted] if isinstance(wanted, str) else list(wanted)}
+    values = {"mode": "segments", **by_number, **by_name}
+    return validated(ActivationCheckpointingSettings, values, "activation_checkpointing")
 
 
 def _by_pattern(model: nn.Module, patterns: Sequence[str]) -> list[Cut]:

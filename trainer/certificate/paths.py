@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer import kernels
+from trainer.activations.segments import verified
 from trainer.certificate.batches import copied
 from trainer.certificate.compare import UNIT
 from trainer.certificate.reference import Gradient, read
@@ -64,6 +65,8 @@ class StepPath:
 
     def __call__(self, window: Sequence[Any], off: frozenset[str], look: Callable[[], None]) -> Gradient:
         keywords = {**self._keywords, **{name: _OFF[name] for name in off if name in _OFF}}
+        if "activation_checkpointing" in keywords:
+            keywords["activation_checkpointing"] = verified(keywords["activation_checkpointing"])
         if self._loss_scale is not None:
             gradient = replace(self._asked(), loss_scale=self._loss_scale)
             keywords = {n: value for n, value in keywords.items() if n not in GradientSettings.__dataclass_fields__}

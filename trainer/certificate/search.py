@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from trainer.activations.sentinel import RecomputeError
 from trainer.certificate import compare
 from trainer.certificate.certificate import Finding
 from trainer.certificate.compare import Floors
@@ -129,6 +130,8 @@ class Search:
 
     def _recompute(self, setting: str | None, error: float, run: Run | Exception, in_place: bool) -> Finding:
         """Why a recompute is not what its forward was."""
+        if isinstance(run, RecomputeError):
+            return Finding("recompute", setting, run.module, _sentence(run), error)
         if isinstance(run, Exception):
             return Finding("changed", setting, None, _sentence(run), error)
         worst = compare.lines(run.buffers, self._goal.reference.buffers, self._goal.buffer_floors)

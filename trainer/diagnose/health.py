@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.diagnose.audit import FirstStep, Wiring
-from trainer.diagnose.history import History
 from trainer.diagnose.instrument import Instrument
 from trainer.diagnose.noise import NoiseScale
 from trainer.diagnose.retention import Retention
+from trainer.diagnose.sources import NameSources, SourceGradients
+from trainer.diagnose.terms import TermGradients
 from trainer.diagnose.watch import Watch
 from trainer.errors import ConfigError, WrongGradientError
 from trainer.gradient.report import Report
@@ -15,7 +16,9 @@ from trainer.loggers.events import Found
 from trainer.settings import Settings
 
 
-def instruments(step: Any, settings: Settings, found: Callable[[str], None]) -> dict[str, Instrument]:
+def instruments(
+    step: Any, settings: Settings, found: Callable[[str], None], sources: NameSources | None = None
+) -> dict[str, Instrument]:
     """Those that the settings ask for, by the name that their state is saved under."""
     wanted = settings.diagnose
     chosen: dict[str, Instrument] = {}
@@ -31,8 +34,12 @@ def instruments(step: Any, settings: Settings, found: Callable[[str], None]) -> 
             )
         chosen["noise_scale"] = noise_scale = NoiseScale(step, wanted.noise_scale)
         step.after_backward.append(noise_scale)
-    if settings.loggers.heat_map and settings.loggers.tensorboard:
-        chosen["history"] = History(settings.loggers.axis)
+    if wanted.term_gradients is not None:
+        chosen["term_gradients"] = TermGradients(step, wanted.term_gradients)
+    if wanted.source_gradients is not None:
+        chosen["source_gradients"] = SourceGradients(step, wanted.source_gradients, sources)
+    elif sources is not None:
+        raise ConfigError("sources= was given, and nothing looks at them: set diagnose.source_gradients, to 50 say.")
     return chosen
 
 
@@ -43,15 +50,18 @@ class Health:
         step: the run's.
         tell: what hears of each finding.
         settings: the run's; of them `diagnose`.
+        sources: tells the sources of a micro-batch's rows.
 
     Attributes:
         step: what the run calls for its steps: the audit until a first one was taken, from then on the step itself.
     """
 
-    def __init__(self, step: Any, tell: Callable[[Found], None], settings: Settings) -> None:
+    def __init__(
+        self, step: Any, tell: Callable[[Found], None], settings: Settings, sources: NameSources | None = None
+    ) -> None:
         self._step = step
         self._tell = tell
-        self._instruments = instruments(step, settings, self._found)
+        self._instruments = instruments(step, settings, self._found, sources)
         self.step: Callable[..., Report] = step
         if settings.diagnose.audit:
             self.step = FirstStep(step, self._found, self._is_over)
@@ -84,17 +94,6 @@ class Health:
         for one in self._instruments.values():
             for finding in one.look(self._step.parameters.by_name, report):
                 self._found(finding)
-
-    def skip(self, report: Report) -> None:
-        """A window was skipped."""
-        for one in self._instruments.values():
-            one.skip(self._step.parameters.by_name, report)
-
-    @property
-    def history(self) -> History | None:
-        """The gradient norm of each layer so far, where it is kept."""
-        history = self._instruments.get("history")
-        return history if isinstance(history, History) else None
 
     def words(self) -> list[str]:
         """How the gradient did, for the run's end."""

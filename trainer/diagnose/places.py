@@ -8,7 +8,7 @@ import sysconfig
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -37,10 +37,11 @@ class Place:
         return f"{where} (`{self.text}`)" if self.text else where
 
 
-def here() -> Place | None:
-    """The innermost line of the user's code on the stack right now."""
+def here(below: FrameType | CodeType | None = None) -> Place | None:
+    """The innermost line of the user's code on the stack right now; only of what the frame `below`, or the innermost
+    call of that code, has called."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame is not below and frame.f_code is not below:
         if _is_the_users(frame.f_code.co_filename):
             return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back

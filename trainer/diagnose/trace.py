@@ -5,8 +5,10 @@ detach(), item(), argmax(), what runs under no_grad(). It makes a forward severa
 it alive, so it looks at one forward, after something went wrong or when it is asked.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -74,9 +76,11 @@ class Trace(TorchFunctionMode):
         self.failed: Call | None = None
         """The call that raised, if one did; its `outputs` are empty."""
         self._makers: dict[int, Call] = {}
+        self._entered_by: FrameType | None = None
 
     def __enter__(self) -> "Trace":
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._entered_by = sys._getframe(1)
         if self._names:
             self._hooks = [
                 register_module_forward_pre_hook(self._entered),
@@ -85,6 +89,7 @@ class Trace(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._entered_by = None
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
@@ -103,12 +108,12 @@ class Trace(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = name_of(func)
-        if name in _SILENT:
+        if tells_only(func):
             return func(*args, **kwargs)
+        name = name_of(func)
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         gradients_on, inside = torch.is_grad_enabled(), tuple(self._inside)
-        call = Call(len(self.calls), name, here(), inputs, [], [], name in _EXITS, gradients_on, inside)
+        call = Call(len(self.calls), name, here(self._entered_by), inputs, [], [], name in _EXITS, gradients_on, inside)
         before = [tensor._version if not tensor.is_inference() else -1 for tensor in inputs]
         try:
             result = func(*args, **kwargs)
@@ -163,6 +168,11 @@ class Trace(TorchFunctionMode):
     def changes(self, storage: int) -> list[Call]:
         """The calls that changed a storage in place, in order."""
         return [call for call in self.calls if any(storage_of(tensor) == storage for tensor, _ in call.changed)]
+
+
+def tells_only(func: Callable[..., Any]) -> bool:
+    """Whether it tells something about a tensor, and passes no value on."""
+    return name_of(func) in _SILENT
 
 
 def name_of(func: Callable[..., Any]) -> str:
