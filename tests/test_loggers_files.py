@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import ConfigError, TrainerError
-from trainer.loggers.files import RECORDS, RecordFile
+from trainer.loggers.files import RECORDS, RecordFile, write_whole
 
 
 @contextmanager
@@ -98,3 +98,17 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="the folder .* cannot be made"):
         RecordFile(tmp_path / "file" / "run" / "log")
+
+
+def test_a_whole_file_takes_the_place_of_another_or_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    write_whole(path, b"first")
+    write_whole(path, b"second")
+    assert [one.name for one in tmp_path.iterdir()] == ["picture.png"]
+    assert path.read_bytes() == b"second"
+    with largest_file(3), pytest.raises(TrainerError, match=r"picture.png cannot be written \(file too large\): free"):
+        write_whole(path, b"third")
+    assert path.read_bytes() == b"second"
+    assert [one.name for one in tmp_path.iterdir()] == ["picture.png"]
+    with pytest.raises(TrainerError, match=r"picture.png cannot be written \(no such file or directory\)"):
+        write_whole(tmp_path / "gone" / "picture.png", b"")

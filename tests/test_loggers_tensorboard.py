@@ -1,3 +1,4 @@
+import io
 import math
 import re
 import subprocess
@@ -10,13 +11,18 @@ import logged
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.util.tensor_util import make_ndarray
 
+from trainer.diagnose.history import History
 from trainer.errors import ConfigError, TrainerError
-from trainer.loggers.tensorboard import TensorBoard
+from trainer.loggers import screen
+from trainer.loggers.events import Found
+from trainer.loggers.heat_map import NO_GRADIENT, colours
+from trainer.loggers.tensorboard import HEAT_MAP, TensorBoard
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -271,6 +277,66 @@ def test_norms_and_histograms_come_when_they_are_due(tmp_path: Path) -> None:
     buckets = make_ndarray(events[0].tensor_proto)
     assert buckets.shape == (30, 3) and buckets.dtype == np.float64
     assert (buckets[0, 0], buckets[-1, 1], buckets[:, 2].sum()) == (3.0, 4.0, 2.0)
+
+
+def grown(board: TensorBoard, history: History, first: int, last: int) -> None:
+    for window in range(first, last + 1):
+        report = logged.report(window)
+        history.look(parameters(), report)
+        board.step(report, 0.1 * window)
+
+
+def images(folder: Path) -> list[tuple[int, np.ndarray]]:
+    """Each heat map's step and pixels, as TensorBoard reads them."""
+    found = read(folder)
+    assert found.summary_metadata[HEAT_MAP].plugin_data.plugin_name == "images"
+    decoded = []
+    for event in found.Tensors(HEAT_MAP):
+        width, height, png = event.tensor_proto.string_val
+        pixels = np.asarray(Image.open(io.BytesIO(png)))
+        assert pixels.shape == (int(height), int(width), 3)
+        decoded.append((event.step, pixels))
+    return decoded
+
+
+def test_the_heat_map_comes_at_the_end_and_as_a_file(tmp_path: Path) -> None:
+    history, board = History(), TensorBoard(tmp_path)
+    board.start(logged.start(history=history))
+    grown(board, history, 1, 9)
+    board.stop(logged.stop(9, health=["well"]))
+    ((step, pixels),) = images(tmp_path)
+    assert step == 9
+    assert (pixels == np.asarray(Image.open(tmp_path / "gradient_norms.png"))).all()
+    # 1.0 in `0.weight`, which was clipped to 0.75 of itself, and no gradient in `1.bias`.
+    assert (pixels == colours(np.array([1 / 0.75]))[0]).all(axis=2).sum() > 1000
+    assert (pixels == NO_GRADIENT).all(axis=2).sum() > 1000
+
+
+def test_the_heat_map_comes_ever_more_seldom_and_at_once_with_a_finding(tmp_path, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(screen, "perf_counter", lambda: now[0])
+    history, board = History(), TensorBoard(tmp_path)
+    board.start(logged.start(history=history))
+    for window in range(1, 301):
+        now[0] = float(window)
+        grown(board, history, window, window)
+    board.flush()
+    steps = [step for step, _ in images(tmp_path)]
+    assert steps == [10, 20, 35, 58, 92, 143, 219]
+    board.found(Found("something", logged.clocks(300)))
+    grown(board, history, 301, 302)
+    board.stop(logged.stop(302))
+    assert [step for step, _ in images(tmp_path)] == [*steps, 301, 302]
+
+
+def test_where_no_gradient_was_looked_at_there_is_no_heat_map(tmp_path: Path) -> None:
+    for history in (None, History()):
+        board = TensorBoard(tmp_path)
+        board.start(logged.start(history=history))
+        board.step(logged.report(1), 0.1)
+        board.stop(logged.stop(1))
+    assert not (tmp_path / "gradient_norms.png").exists()
+    assert read(tmp_path).Tags()["tensors"] == ["custom_scalars__config__"]
 
 
 def test_what_nobody_asked_for_is_not_looked_at(tmp_path: Path) -> None:

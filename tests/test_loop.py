@@ -424,9 +424,9 @@ def test_what_lies_in_the_folder_at_the_end(tmp_path) -> None:
     assert stop.go_on == "the words"
     found = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert [name for name in found if not name.startswith("events.out.tfevents")] == sorted(
-        [MODEL, "checkpoints", "metrics.jsonl"]
+        [MODEL, "checkpoints", "gradient_norms.png", "metrics.jsonl"]
     )
-    assert len(found) == 4
+    assert len(found) == 5
     assert [line["event"] for line in lines(tmp_path / "run")] == ["step", "evaluation", "step", "evaluation"]
 
 

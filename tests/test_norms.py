@@ -26,6 +26,24 @@ def test_the_norm_of_mixed_gradients() -> None:
     assert norms.norm([]) == 0.0
 
 
+def test_norms_of_every_kind_of_tensor_by_its_name() -> None:
+    tensors = {
+        "double": torch.tensor([3.0, 4.0], dtype=torch.float64),
+        "single": torch.tensor([[1.0, 2.0], [2.0, 0.0]]),
+        "half": torch.full((4,), 300.0, dtype=torch.float16),
+        "brain": torch.full((4,), 0.5, dtype=torch.bfloat16),
+        "complex": torch.tensor([3 + 4j]),
+        "sparse": torch.tensor([0.0, 3.0, 0.0, -4.0]).to_sparse(),
+        "scalar": torch.tensor(-2.0, requires_grad=True),
+        "empty": torch.zeros(0),
+    }
+    found = norms.each(tensors)
+    expected = {"double": 5, "single": 3, "half": 600, "brain": 1, "complex": 5, "sparse": 5, "scalar": 2, "empty": 0}
+    assert found == pytest.approx(expected)
+    assert list(found) == list(tensors)
+    assert norms.each({}) == {}
+
+
 @pytest.mark.parametrize("count", [1, 16, 17, 60])
 def test_the_norm_is_one_norm_however_many_tensors(count: int) -> None:
     tensors = list(torch.randn(count, 7, generator=torch.Generator().manual_seed(count), dtype=torch.float64))

@@ -411,6 +411,14 @@ def test_what_tensorboard_shows(tmp_path) -> None:
         assert math.hypot(weight.value, bias.value) == pytest.approx(norms[weight.step], rel=1e-5)
 
 
+@tries("heat_map")
+def test_the_heat_map(tmp_path) -> None:
+    for name, settings in {"on": {}, "off": {"heat_map": False}, "no_audit": {"audit": False}}.items():
+        made(folder=tmp_path / name, tensorboard=True, **settings)[0].fit()
+        shown = EventAccumulator(str(tmp_path / name)).Reload().Tags()["tensors"]
+        assert ("gradient/by_layer" in shown) == (name != "off") == (tmp_path / name / "gradient_norms.png").exists()
+
+
 @tries("console", "tensorboard", "metrics_file")
 def test_the_loggers_that_are_asked_for(tmp_path, capsys) -> None:
     made(folder=tmp_path / "none")[0].fit()

@@ -154,7 +154,13 @@ class Trainer:
         self._feed.start()
         if self.settings.check is not None and not self.step.clocks.windows:
             self._health.before_first(self._certify)
-        who = {"recipe": self.recipe, "folder": self.folder, "config": self.config, "device": str(self._device)}
+        who: dict[str, Any] = {
+            "recipe": self.recipe,
+            "folder": self.folder,
+            "config": self.config,
+            "device": str(self._device),
+        }
+        who["history"] = self._health.history
         start = summary.start(
             self.step, self._feed.source, self.settings, notes, resumed, self.state.evaluated_at, **who
         )
@@ -288,6 +294,7 @@ class Trainer:
 
     def _skipped(self, report: Report) -> None:
         """Tell the loggers, and stop a run that only skips. On a device it comes when the report is read anyway."""
+        self._health.skip(report)
         self._loggers.skip(report)
         most = self.settings.limits.skips_in_a_row
         if most is not None and int(self.step.skips_in_a_row) >= most:

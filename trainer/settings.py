@@ -168,6 +168,10 @@ class LoggerSettings:
     tensorboard: bool = setting(True, "TensorBoard events in the run's folder")
     metrics: bool = setting(True, "metrics.jsonl in the run's folder", flat="metrics_file")
     axis: Clock = setting("steps", "the clock on TensorBoard's axis", flat="log_axis")
+    heat_map: bool = setting(
+        True,
+        "gradient norm of each layer over the run as an image in TensorBoard, at the end as gradient_norms.png too",
+    )
     layer_norms: int | None = setting(
         None, "norm of each parameter and its gradient in TensorBoard, every so many ticks (null: none)", ge=1
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.diagnose.audit import FirstStep, Wiring
+from trainer.diagnose.history import History
 from trainer.diagnose.instrument import Instrument
 from trainer.diagnose.noise import NoiseScale
 from trainer.diagnose.retention import Retention
@@ -40,6 +41,8 @@ def instruments(
         chosen["source_gradients"] = SourceGradients(step, wanted.source_gradients, sources)
     elif sources is not None:
         raise ConfigError("sources= was given, and nothing looks at them: set diagnose.source_gradients, to 50 say.")
+    if settings.loggers.heat_map and settings.loggers.tensorboard:
+        chosen["history"] = History(settings.loggers.axis)
     return chosen
 
 
@@ -94,6 +97,17 @@ class Health:
         for one in self._instruments.values():
             for finding in one.look(self._step.parameters.by_name, report):
                 self._found(finding)
+
+    def skip(self, report: Report) -> None:
+        """A window was skipped."""
+        for one in self._instruments.values():
+            one.skip(self._step.parameters.by_name, report)
+
+    @property
+    def history(self) -> History | None:
+        """The gradient norm of each layer so far, where it is kept."""
+        history = self._instruments.get("history")
+        return history if isinstance(history, History) else None
 
     def words(self) -> list[str]:
         """How the gradient did, for the run's end."""

@@ -9,7 +9,7 @@ from trainer.gradient.report import Report
 
 
 class Instrument:
-    """An instrument has of these five what it needs. All that it says is a sentence, or a line of words.
+    """An instrument has of these six what it needs. All that it says is a sentence, or a line of words.
 
     One that looks at micro-batches hangs itself on `Step.after_backward` as well.
     """
@@ -22,6 +22,9 @@ class Instrument:
         """What is new. Called now and then, when a report is read anyway: numbers for the loggers go into
         `report.measured`."""
         return []
+
+    def skip(self, parameters: Mapping[str, Tensor], report: Report) -> None:
+        """A window was skipped; its gradients are still there. On a device it comes where a report is read."""
 
     def words(self) -> list[str]:
         """How the gradient did, for the run's end."""

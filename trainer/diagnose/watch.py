@@ -9,12 +9,11 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainer.diagnose.audit import listed
+from trainer.diagnose.history import layer_norms
 from trainer.diagnose.instrument import Instrument
-from trainer.gradient.norms import plain
 from trainer.gradient.report import Report
 
 VANISHED = 1e-5
@@ -43,13 +42,13 @@ class Watch(Instrument):
             self._skips += 1
             return []
         self._looks += 1
-        gradients = {name: one.grad for name, one in parameters.items() if one.grad is not None}
-        sizes = _root_mean_squares(gradients)
+        norms = layer_norms(parameters, report)
+        sizes = {name: norm / math.sqrt(max(1, parameters[name].numel())) for name, norm in norms.items()}
         step = report.clocks.get("steps", 0)
         return [
             *self._vanished(parameters, sizes, step),
             *self._stale(parameters, sizes, step),
-            *self._exploded(report, gradients, sizes),
+            *self._exploded(report, norms),
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,10 +108,10 @@ class Watch(Instrument):
         new = [name for name, count in self._missing.items() if count >= IN_A_ROW and self._is_new(f"stopped {name}")]
         return [f"no gradient reaches {listed(new)} any more, at step {step:,}; before, one did."] if new else []
 
-    def _exploded(self, report: Report, gradients: Mapping[str, Tensor], sizes: Mapping[str, float]) -> list[str]:
+    def _exploded(self, report: Report, norms: Mapping[str, float]) -> list[str]:
         norm = report.grad_norm
         if norm is None:
-            norm = math.hypot(*(size * math.sqrt(gradients[name].numel()) for name, size in sizes.items()))
+            norm = math.hypot(*norms.values())
         usual = statistics.median(self._norms) if len(self._norms) >= IN_A_ROW else math.inf
         self._norms.append(norm)
         if norm <= EXPLODED * usual or not self._is_new("exploded"):
@@ -127,14 +126,3 @@ class Watch(Instrument):
             return False
         self._said.add(what)
         return True
-
-
-def _root_mean_squares(gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of the elements of each gradient; one read of the device for all."""
-    if not gradients:
-        return {}
-    found = [
-        torch.linalg.vector_norm(one.float()) / math.sqrt(max(1, one.numel()))
-        for one in plain(list(gradients.values()))
-    ]
-    return dict(zip(gradients, torch.stack([one.to(found[0].device) for one in found]).tolist(), strict=True))

@@ -5,7 +5,7 @@ all-NaN and finite gradients of 1e20 silently into zeros. Numbers are floats on 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +64,18 @@ def norm(gradients: Sequence[Tensor], order: float = 2.0) -> Number:
     if len(norms) <= _FEW and order == 2.0:
         return math.hypot(*(one.item() for one in norms))
     return float(joined([one.double() for one in norms], order))
+
+
+def each(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """The 2-norm of each tensor by its name, in float32 or wider; one read for each device and dtype."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    found: dict[str, float] = {}
+    for same in groups(list(tensors.values())):
+        dense = [tensor.detach() for tensor in plain(same)]
+        wide = [tensor.float() for tensor in dense] if dense and dense[0].itemsize < 4 else dense
+        values = torch.stack(torch._foreach_norm(wide, 2)).tolist() if wide else []
+        found.update(zip((names[id(tensor)] for tensor in same), values, strict=True))
+    return {name: found[name] for name in tensors}
 
 
 def joined(norms: Sequence[Number], order: float) -> Number:

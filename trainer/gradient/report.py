@@ -48,6 +48,8 @@ class Report:
       skipped because of it.
     - `skipped`, `reason`: whether the step was not taken, and the sentence that says why.
     - `measured`: what instruments read in this window, by TensorBoard's tag; empty unless one was asked for.
+    - `layer_norms`: the norm of each parameter's gradient as the optimizer left it, by name; empty unless an instrument
+      looked at this step.
     - `lr`: the learning rate of the first parameter group.
     - `micro_batches`, `rows`, `tokens`: what this window held.
     - `clocks`: the counts after this window ({"steps": 12, ...}).
@@ -55,8 +57,8 @@ class Report:
 
     __slots__ = (
         "_clip_factor", "_clocks", "_diverged", "_grad_norm", "_groups", "_loss", "_loss_scale", "_lr", "_norm_after",
-        "_overflowed", "_reason", "_reduction", "_skipped", "_terms", "_trace", "_weights", "coefficients", "measured",
-        "micro_batches", "rows", "tokens",
+        "_overflowed", "_reason", "_reduction", "_skipped", "_terms", "_trace", "_weights", "coefficients",
+        "layer_norms", "measured", "micro_batches", "rows", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +92,7 @@ class Report:
         self._lr: Number = 0.0
         self._clocks: Callable[[], dict[str, int]] = dict
         self.measured: dict[str, float] = {}
+        self.layer_norms: dict[str, float] = {}
 
     @property
     def terms(self) -> dict[str, float]:

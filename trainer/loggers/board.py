@@ -99,6 +99,19 @@ def text(new_event: Any, step: int, name: str, words: str) -> Any:
     return event
 
 
+def image(new_event: Any, step: int, tag: str, png: bytes, width: int, height: int) -> Any:
+    """A picture for the IMAGES tab; its width and height are in pixels."""
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+    from tensorboard.plugins.image import metadata
+
+    event = new_event(step=step)
+    value = event.summary.value.add(tag=tag, metadata=metadata.create_summary_metadata(None, ""))
+    value.tensor.dtype = DT_STRING
+    value.tensor.tensor_shape.dim.add(size=3)
+    value.tensor.string_val.extend([b"%d" % width, b"%d" % height, png])
+    return event
+
+
 def graph(new_event: Any, picture: Any) -> Any:
     """A drawn autograd graph for the GRAPHS tab, which groups by the modules in the names and opens them on a click."""
     from tensorboard.compat.proto.graph_pb2 import GraphDef

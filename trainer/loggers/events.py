@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.diagnose.history import History
 from trainer.gradient.clocks import counted
 from trainer.gradient.report import Report
 
@@ -42,6 +43,8 @@ class Start:
     """The windows clock at the last evaluation before the checkpoint."""
     step_clock: str = "steps"
     """The clock on TensorBoard's axis."""
+    history: History | None = None
+    """The gradient norm of each layer, which grows as the run goes on."""
 
 
 @dataclass(frozen=True)

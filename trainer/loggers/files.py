@@ -89,6 +89,18 @@ class RecordFile:
         raise TrainerError(self._failure) from error
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """A file at once, in place of one that is there. Raises TrainerError where writing fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise TrainerError(f"{path} cannot be written ({_words(error)}): {_WHAT_TO_DO}") from error
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder and those above it. Raises ConfigError where that is not possible."""
     try:

@@ -1,4 +1,4 @@
-"""What is in each parameter and its gradient: norms and histograms, for whoever asks for them."""
+"""What is in each parameter and its gradient, for whoever asks for it."""
 
 import math
 from collections.abc import Mapping
@@ -14,18 +14,6 @@ BUCKETS = 30
 def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients that there are, by the names of their parameters."""
     return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-
-
-def each_norm(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """The 2-norm of each tensor by its name, in float32 or wider; one read for each device and dtype."""
-    names = {id(tensor): name for name, tensor in tensors.items()}
-    found: dict[str, float] = {}
-    for same in norms.groups(list(tensors.values())):
-        dense = [tensor.detach() for tensor in norms.plain(same)]
-        wide = [tensor.float() for tensor in dense] if dense and dense[0].itemsize < 4 else dense
-        values = torch.stack(torch._foreach_norm(wide, 2)).tolist() if wide else []
-        found.update(zip((names[id(tensor)] for tensor in same), values, strict=True))
-    return {name: found[name] for name in tensors}
 
 
 def histogram(tensor: Tensor) -> list[tuple[float, float, float]] | None:

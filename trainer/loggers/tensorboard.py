@@ -13,20 +13,25 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.diagnose.history import History, layer_norms
 from trainer.due import Due
 from trainer.errors import ConfigError, TrainerError
+from trainer.gradient import norms
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.report import Report
-from trainer.loggers import board, layers
+from trainer.loggers import board, heat_map, layers
 from trainer.loggers.events import Evaluated, Found, Start, Stop
-from trainer.loggers.files import RecordFile, make_folder
+from trainer.loggers.files import RecordFile, make_folder, write_whole
 from trainer.loggers.memory import Memory
 from trainer.loggers.rate import Rate
 from trainer.loggers.records import record
+from trainer.loggers.screen import Pace
 
 # TensorBoard keeps scalars as float32: what is beyond its range has no point in a chart.
 _LARGEST = 3.4028234663852886e38
 _PREFIX = "events.out.tfevents."
+HEAT_MAP = "gradient/by_layer"
+HEAT_MAP_FILE = "gradient_norms.png"
 _VARIANTS = 16
 """So many sets of tags have an event of their own that is kept and filled in again."""
 
@@ -77,6 +82,10 @@ class TensorBoard:
         self._has_session = False
         self._has_layout = False
         self._events: dict[tuple[str, ...], tuple[Any, list[Any]]] = {}
+        self._history: History | None = None
+        self._draws = Pace(10.0, 1.5, 600.0, at_once=False)
+        self._caption = ""
+        self._has_news = False
 
     def start(self, event: Start) -> None:
         self._close()
@@ -86,6 +95,9 @@ class TensorBoard:
         self._rate = Rate(event.clocks)
         self._memory = Memory(event.device)
         self._clocks_shown = set()
+        self._history, self._caption, self._has_news = event.history, "", False
+        # Seldom after a while, so that what drawing takes is nothing to the run.
+        self._draws = Pace(10.0, 1.5, 600.0, at_once=False)
         self._has_layout = False
         self._has_session = bool(event.config)
         if self._looks:
@@ -136,6 +148,8 @@ class TensorBoard:
             self._add(board.layout(self._new_event, self._step_of(clocks), without))
             self._has_layout = True
         self._write(self._step_of(clocks), scalars)
+        if self._history is not None and (self._has_news or self._draws.due()):
+            self._draw(clocks)
 
     def look(self, parameters: Mapping[str, Tensor], report: Report) -> None:
         """Norms and histograms, where due, of the parameters and of their gradients as the optimizer left them."""
@@ -147,8 +161,8 @@ class TensorBoard:
             return
         step, gradients = self._step_of(report.clocks), layers.gradients_of(parameters)
         if norms_due:
-            scalars = {f"gradient_norm/{name}": norm for name, norm in layers.each_norm(gradients).items()}
-            scalars |= {f"parameter_norm/{name}": norm for name, norm in layers.each_norm(parameters).items()}
+            scalars = {f"gradient_norm/{name}": norm for name, norm in layer_norms(parameters, report).items()}
+            scalars |= {f"parameter_norm/{name}": norm for name, norm in norms.each(parameters).items()}
             self._write(step, scalars)
         if histograms_due:
             found = {f"gradients/{name}": layers.histogram(gradient) for name, gradient in gradients.items()}
@@ -166,11 +180,15 @@ class TensorBoard:
 
     def found(self, event: Found) -> None:
         self._add(board.text(self._new_event, self._step_of(event.clocks), "found", event.text))
+        self._caption, self._has_news = event.text, True
 
     def stop(self, event: Stop) -> None:
         try:
             if self._file is not None and _skips(event.clocks) != self._skips:
                 self._write(self._step_of(event.clocks), {"gradient/skips": _skips(event.clocks)})
+            if self._file is not None and self._history is not None:
+                self._caption = event.health[0] if event.health else self._caption
+                self._draw(event.clocks, HEAT_MAP_FILE)
             if self._file is not None and self._has_session:
                 self._add(board.session_end(self._new_event, not event.reason.startswith("stopped by")))
         finally:
@@ -188,6 +206,16 @@ class TensorBoard:
             memory.close()
         if file is not None:
             file.close()
+
+    def _draw(self, clocks: dict[str, int], file: str | None = None) -> None:
+        """The heat map, as far as there is one; into a file of the folder as well where one is named."""
+        self._has_news = False
+        if self._history is None or not self._history.rows:
+            return
+        png, width, height = heat_map.draw(self._history, self._caption)
+        self._add(board.image(self._new_event, self._step_of(clocks), HEAT_MAP, png, width, height))
+        if file is not None:
+            write_whole(self.folder / file, png)
 
     def _told_by_clocks(self, clocks: dict[str, int]) -> dict[str, float]:
         """The clocks that say something which the axis, or another clock before them, does not say already."""
