@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from trainer.recipes import char_lm, digits
+from trainer.recipes import char_lm, digits, xor
 
 from trainer import Step, Trainer, supervised
 from trainer.checkpoint.run_state import LAST
@@ -149,8 +149,67 @@ def save(name: str, model: nn.Module, objective: Any, batch: tuple[Tensor, Tenso
     sys.stdout.flush()
 
 
+class SteadyState:
+    """A logger that only looks at the clock: CPU seconds from the first tenth of the steps to the last."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.count, self.began, self.seconds = steps, 0, 0.0, 0.0
+
+    def tick(self) -> None:
+        self.count += 1
+        if self.count == self.steps // 10:
+            self.began = process_time()
+        elif self.count == self.steps:
+            self.seconds = (process_time() - self.began) / (self.steps - self.steps // 10)
+
+
+RECIPES: dict[str, tuple[Callable[[], Any], Any, Callable[[], Any], dict[str, Any]]] = {
+    "xor": (lambda: xor.ManualLinear(2, 1), supervised(nn.MSELoss()), lambda: xor.table().train, {"steps": 3000}),
+    "digits": (digits.mlp, LOSS, lambda: DATA.train, {"steps": 400}),
+    "char_lm": (
+        lambda: char_lm.Transformer(128, depth=2),
+        char_lm.NextCharacter(),
+        lambda: char_lm.library().train,
+        {"steps": 40, "batch_size": 16},
+    ),
+}
+
+
+def steady(recipe: str, **settings: Any) -> float:
+    """CPU seconds of a step of a recipe's run, with nothing written but what the settings ask for."""
+    make, objective, data, usual = RECIPES[recipe]
+    torch.manual_seed(0)
+    model = make()
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else [model.w, model.b]
+    wanted = {"console": False, "seed": 0, "audit": False, "log_every": 50, **usual, **settings}
+    clock = SteadyState(wanted["steps"])
+    Trainer(model, objective, adamw(parameters), data=data(), loggers=[clock], **wanted).fit()
+    return clock.seconds
+
+
+def instrument(name: str, recipe: str, plain: dict[str, Any] | None = None, **settings: Any) -> None:
+    """Write what an instrument adds to a step: the ratio of the medians, and their difference."""
+    without, beside = plain or {}, {**(plain or {}), **settings}
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(TURNS):
+        times[0].append(steady(recipe, **without))
+        times[1].append(steady(recipe, **beside))
+    first, second = (statistics.median(each) for each in times)
+    sys.stdout.write(f"{name:55} {second / first:.3f}, {1e6 * (second - first):+.1f} µs a step\n")
+    sys.stdout.flush()
+
+
+def instruments() -> None:
+    for recipe in RECIPES:
+        instrument(f"diagnose: audit over none, {recipe}", recipe, audit=True)
+    for every in (1, 10):
+        four = {"accumulation_steps": 4, "batch_size": 8}
+        instrument(f"diagnose: noise_scale={every} over none, digits", "digits", four, noise_scale=every)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    instruments()
     compare("accumulation: 4 x 8 rows over 1 x 32, digits", steps(), steps(parts=4))
     compare("accumulation: 4 x 64 rows over 1 x 256, deep", wide(), wide(parts=4))
     for reduction in ("sum", "micro_batches"):
