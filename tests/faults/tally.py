@@ -21,6 +21,10 @@ class Tally:
     broken: list[str] = field(default_factory=list)
     instants: Counter[str] = field(default_factory=Counter)
     """Where a trial struck, for the rows that strike at random."""
+    sizes: Counter[str] = field(default_factory=Counter)
+    """Bytes of each file, for the row that strikes at random bytes: its instants are files."""
+    told: list[str] = field(default_factory=list)
+    """What else there is to say of the row, in sentences."""
 
     @property
     def trials(self) -> int:

@@ -1,6 +1,7 @@
 """A checkpoint damaged anywhere: one class of error that names the file, and the newest whole one is found instead."""
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,21 +74,32 @@ def trials(count: int, seed: int) -> Tally:
         older, newest = (run / "checkpoints" / f"step-00000{value}" for value in (2, 3))
         whole = {path.name: path.read_bytes() for path in newest.iterdir()}
         before = {f"older {path.name}": path.read_bytes() for path in older.iterdir()}
-        bytes_of = [name for name, content in whole.items() for _ in range(0, len(content), 8)]
+        tally.sizes.update({name: len(content) for name, content in whole.items()})
         while tally.trials < count:
             (kind,) = rng.choices(list(KINDS), weights=list(KINDS.values()))
-            name = rng.choice(bytes_of)
-            at = rng.randrange(len(whole[name]))
+            name, at = drawn(rng, tally.sizes)
             files = {**whole, **before}
             kind(name, at, files, rng)
             files = {one: content for one, content in files.items() if not one.startswith("older ")}
             if files == whole:
                 continue  # a page of zeros was zeroed, or both files are the same
             put(newest, files)
+            if kind is not bad_json:  # that one chooses its file
+                tally.instants[name] += 1
             told = f"{kind.__name__} in {name} at {at}"
             tally.note(*outcome(run, newest, older, {one for one in whole if files.get(one) != whole[one]}, told))
             put(newest, whole)
     return tally
+
+
+def drawn(rng: random.Random, sizes: Counter[str]) -> tuple[str, int]:
+    """A byte, each of all files as likely as another: its file and its place in it."""
+    at = rng.randrange(sizes.total())
+    for name, size in sizes.items():
+        if at < size:
+            return name, at
+        at -= size
+    raise AssertionError
 
 
 def put(folder: Path, files: Files) -> None:
@@ -123,6 +135,11 @@ def test_damage_anywhere_is_refused_by_name_and_the_older_checkpoint_is_loaded()
     tally = trials(times(270), seed=1)
     assert not tally.broken, str(tally)
     assert set(tally.outcomes) == {"refused, the older one loaded"}
+    # Uniform over all bytes, the manifest's included: each file is struck about as often as it is large.
+    struck = tally.instants.total()
+    for name, size in tally.sizes.items():
+        expected = struck * size / tally.sizes.total()
+        assert abs(tally.instants[name] - expected) < 4 * expected**0.5 + 4, (name, tally.instants, tally.sizes)
 
 
 def test_without_the_hash_damage_is_loaded_silently(monkeypatch) -> None:
