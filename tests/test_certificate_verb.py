@@ -34,3 +34,16 @@ def test_a_run_with_a_wrong_gradient_does_not_begin(here, capsys) -> None:
     assert main(["train", *words, "check=first_step"]) == 6
     assert "WRONG GRADIENT: accumulation_steps in module '1'" in capsys.readouterr().err
     assert not list(here.rglob("last.safetensors"))
+
+
+def test_a_custom_function_with_a_wrong_backward_is_exit_code_6(monkeypatch, capsys) -> None:
+    from trainer.recipes.custom_relu import ReLU
+
+    assert main(["check", "recipe=custom_relu", "--gradcheck", "1"]) == 0
+    assert "ReLU, the module '1' passed" in capsys.readouterr().out
+    monkeypatch.setattr(ReLU, "backward", staticmethod(lambda ctx, gradient: gradient))
+    assert main(["check", "recipe=custom_relu"]) == 6
+    assert "WRONG GRADIENT: a backward in module '1': ReLU" in capsys.readouterr().out
+    assert main(["check", "recipe=custom_relu", "--meant", "ReLU"]) == 0
+    assert main(["check", "recipe=custom_relu", "--gradcheck", "hidden"]) == 2
+    assert "there is no module 'hidden'" in capsys.readouterr().err

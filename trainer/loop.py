@@ -179,10 +179,15 @@ class Trainer:
         """Evaluate on the held-out data: the loss and the metrics by name. Nothing else changes."""
         return self._held_out.evaluate_anew()[0]
 
-    def certify(self) -> "Certificate":
-        """Hold the next window's gradient, as it is configured here, against the plain reference. Changes nothing."""
+    def certify(self, gradcheck: Sequence[str] = (), meant: Sequence[str] = ()) -> "Certificate":
+        """Hold the next window's gradient, as it is configured here, against the plain reference. Changes nothing.
+
+        Args:
+            gradcheck: modules whose backward is held against difference quotients, beside all custom Functions.
+            meant: Functions whose backward is not the derivative of their forward on purpose, by name.
+        """
         with rng.preserved(), modes.in_train(self.model):
-            return self._certify(next(self._feed.windows()))
+            return self._certify(next(self._feed.windows()), gradcheck, meant)
 
     def graph(self, every_node: bool = False) -> "Graph":
         """Draw the autograd graph of the next micro-batch (`trainer.graph`). Changes nothing."""
@@ -196,10 +201,10 @@ class Trainer:
         """Put the parameters of a checkpoint, a `model.safetensors` or a run's folder into the model."""
         self.state.load_start(Path(path))
 
-    def _certify(self, window: Any) -> "Certificate":
+    def _certify(self, window: Any, *checked: Any) -> "Certificate":
         from trainer.certificate.entry import certify_step
 
-        return certify_step(self.step, window, self._of_gradient)
+        return certify_step(self.step, window, self._of_gradient, *checked)
 
     # The run.
 

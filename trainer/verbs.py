@@ -48,14 +48,20 @@ def evaluate(config: RunConfig, door: Door) -> float:
     return metrics.get(config.settings.best.metric, math.nan)
 
 
-def check(config: RunConfig, door: Door, json: bool = False) -> int:
+def check(
+    config: RunConfig,
+    door: Door,
+    json: bool = False,
+    gradcheck: list[str] | None = None,
+    meant: list[str] | None = None,
+) -> int:
     """Print the certificate of the first window's gradient, as the config has it computed. Returns the exit code."""
     path = _checkpoint(config)
     with _ranks(config):
         trainer = build(config, door)
         if path is not None:
             trainer.load(path)
-        certificate = trainer.certify()
+        certificate = trainer.certify(gradcheck or (), meant or ())
     if not torchrun.is_first():
         pass
     elif json:

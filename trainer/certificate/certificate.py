@@ -26,7 +26,8 @@ class Finding:
     def __str__(self) -> str:
         known = {None: "", "": " in the model itself", "objective": " in the objective"}
         where = known.get(self.module, f" in module '{self.module}'")
-        return f"{self.setting or 'none of the settings'}{where}: {self.reason}"
+        what = "a backward" if self.kind == "function" else "none of the settings"
+        return f"{self.setting or what}{where}: {self.reason}"
 
 
 KINDS = {
@@ -36,6 +37,7 @@ KINDS = {
     "objective": "the objective depends on which rows are together in a micro-batch",
     "weights": "the micro-batches are summed with other weights than they count",
     "backward": "a module's backward depends on which rows are together in a micro-batch",
+    "function": "the backward of a custom autograd Function, or of a module that was asked for, is not the derivative",
     "draws": "the recompute of a checkpointed part draws other numbers than its forward did",
     "recompute": "the recompute of a checkpointed part comes out otherwise than its forward did",
     "changed": "something was changed in place between forward and its use in backward",

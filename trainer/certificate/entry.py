@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trainer.certificate.certificate import Certificate
 from trainer.certificate.examine import examine
+from trainer.certificate.gradcheck import gradcheck as check_functions
 from trainer.certificate.lab import Lab
 from trainer.certificate.paths import Loop, LoopPath, Path, StepPath
 from trainer.certificate.reference import Asked
@@ -31,6 +32,8 @@ def certify(
     batch_size: int = 32,
     accumulation_steps: int = 1,
     count_rows: Callable[[Any], int] | None = None,
+    gradcheck: Sequence[str] | None = (),
+    meant: Sequence[str] = (),
     **settings: Any,
 ) -> Certificate:
     """Hold one window's gradient against the plain reference, and name what breaks it. Nothing is changed.
@@ -46,6 +49,9 @@ def certify(
         lr: of the loop's SGD step; the gradient is then (parameters before - after) / lr.
         batch_size, accumulation_steps: how data is cut into a window.
         count_rows: rows of a micro-batch, where the first dimension of its first tensor is not that.
+        gradcheck: custom autograd Functions that forward meets are held against difference quotients, and so are the
+            modules named here; None: nothing is.
+        meant: Functions whose backward is not the derivative of their forward on purpose, by name.
         settings: keywords of `Step`: `precision="bf16"`, `activation_checkpointing=4`, `reduction="sum"`, ….
     """
     objective = as_objective(objective, model)
@@ -69,20 +75,40 @@ def certify(
         path: Path = LoopPath(model, loop, parameters, lr)
     else:
         path = StepPath(model, objective, parameters, {"count_rows": count_rows, **settings})
-    return _counted(examine(lab, path, settings.get("precision", "fp32")), path, len(window))
+    certificate = _counted(examine(lab, path, settings.get("precision", "fp32")), path, len(window))
+    return _with_functions(certificate, lab, gradcheck, meant)
 
 
-def certify_step(step: Step, window: Sequence[Any], keywords: Mapping[str, Any]) -> Certificate:
+def certify_step(
+    step: Step,
+    window: Sequence[Any],
+    keywords: Mapping[str, Any],
+    gradcheck: Sequence[str] | None = None,
+    meant: Sequence[str] = (),
+) -> Certificate:
     """The certificate of a step as it was made.
 
     Args:
         keywords: those that it was made with, but for its schedule.
+        gradcheck, meant: as in `certify`; by default nothing is checked.
     """
     parameters = {name: one for name, one in step.parameters.by_name.items() if one.requires_grad}
     asked = Asked(step.settings.reduction, step.settings.coefficients, keywords.get("count_rows"))
     lab = Lab(step.model, step.objective, window, parameters, asked, ranks=step.ranks)
     path = StepPath(step.model, step.objective, parameters, {**keywords, "ranks": step.ranks})
-    return _counted(examine(lab, path, keywords.get("precision", "fp32")), path, len(window))
+    certificate = _counted(examine(lab, path, keywords.get("precision", "fp32")), path, len(window))
+    return _with_functions(certificate, lab, gradcheck, meant)
+
+
+def _with_functions(
+    certificate: Certificate, lab: Lab, modules: Sequence[str] | None, meant: Sequence[str]
+) -> Certificate:
+    """With what is found of single backwards, which the reference takes as they are."""
+    if modules is not None:
+        checked = check_functions(lab, modules, meant)
+        certificate.findings += checked.findings
+        certificate.notes += checked.notes
+    return certificate
 
 
 def _counted(certificate: Certificate, path: Path, micro_batches: int) -> Certificate:

@@ -19,7 +19,7 @@ VERBS = {
     "recipes": "list the recipes with a line each",
 }
 
-FLAGS = {"check": ("json",), "graph": ("out", "all")}
+FLAGS = {"check": ("json", "gradcheck", "meant"), "graph": ("out", "all")}
 """The words of a verb's own, beside those of Hydra."""
 
 _EXAMPLES = {
@@ -35,6 +35,7 @@ _EXAMPLES = {
     "check": (
         "trainer check recipe=digits",
         "trainer check recipe=conv gradient.accumulation_steps=4",
+        "trainer check recipe=digits --gradcheck 2",
         "trainer check recipe=digits activation_checkpointing=segments precision=bf16 --json",
     ),
     "graph": (
@@ -77,6 +78,18 @@ def parser(verb: str | None) -> Parser:
         return made
     if verb == "check":
         made.add_argument("--json", action="store_true", help="the certificate for machines, in one line")
+        made.add_argument(
+            "--gradcheck",
+            action="append",
+            metavar="MODULE",
+            help="also hold this module against difference quotients, as custom Functions are (may be repeated)",
+        )
+        made.add_argument(
+            "--meant",
+            action="append",
+            metavar="FUNCTION",
+            help="a custom Function whose backward is another than the derivative on purpose (may be repeated)",
+        )
     if verb == "graph":
         made.add_argument("--out", type=Path, metavar="PATH", help="where to draw it: a name that ends in .svg or .dot")
         made.add_argument("--all", action="store_true", help="every node of the graph, and each repeat of a module")
