@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import Step
-from trainer.diagnose.audit import FirstStep, listed, not_moved, wiring
+from trainer.diagnose.audit import FirstStep, not_moved, wiring
+from trainer.diagnose.words import listed
 from trainer.gradient.parameters import named_for
 from trainer.optim import Manual, adamw, sgd
 

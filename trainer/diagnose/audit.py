@@ -4,22 +4,23 @@ What can be seen without a step is seen at the start, the rest in the first step
 more only where a parameter went without a gradient, to say where the graph was cut.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.diagnose.cuts import Flow, connected
+from trainer.diagnose.cuts import Flow, connected, leaves
 from trainer.diagnose.graphs import withholding
 from trainer.diagnose.instrument import Instrument
 from trainer.diagnose.mistakes import Forward
+from trainer.diagnose.places import assigned
+from trainer.diagnose.strays import flat, not_leaves, strays
+from trainer.diagnose.words import listed
 from trainer.gradient import norms
-from trainer.gradient.parameters import named_parameters
+from trainer.gradient.parameters import named_modules, named_parameters
 from trainer.gradient.report import Report
 
-_NAMED = 4
-"""So many parameters are named in a sentence; the others are counted."""
 _LOST = 0.9
 """The share of a low-precision parameter's elements which a step leaves as they are, from which on it is said."""
 
@@ -43,6 +44,11 @@ def wiring(model: Any, parameters: Mapping[str, Tensor]) -> list[str]:
             "replaced, and the model will not change. Build it from this model's parameters."
         )
         return said
+    if unfit := not_leaves(model):
+        said.append(
+            f"requires a gradient but is the result of an operation, so no optimizer can train it: {listed(unfit)}. "
+            "Make it a leaf: requires_grad_() comes last, or nn.Parameter around it."
+        )
     if left_out:
         said.append(f"in the model but in no optimizer, so not trained: {listed(left_out)}.")
     if frozen:
@@ -60,11 +66,26 @@ def without_gradient(parameters: Mapping[str, Tensor], forward: Forward) -> list
         return [f"no gradient reached {listed(missing)}."]
     reached = connected(roots)
     flow = Flow(trace, roots, parameters)
+    now = named_parameters(forward.model)
     by_reason: dict[str, list[str]] = {}
+    replaced = [name for name in missing if name in now and now[name] is not parameters[name]]
     for name in missing:
+        if name in replaced:
+            continue
         why = _not_given(roots, parameters[name]) if id(parameters[name]) in reached else str(flow.cut(name))
         by_reason.setdefault(why, []).append(name)
-    return [f"no gradient reached {listed(names)}: {why}." for why, names in by_reason.items()]
+    said = [f"no gradient reached {listed(names)}: {why}." for why, names in by_reason.items()]
+    return said + [_replaced(name, forward.model) for name in replaced]
+
+
+def _replaced(name: str, model: Any) -> str:
+    holder, _, key = name.rpartition(".")
+    place = assigned(named_modules(model).get(holder, model), key, but_in="__init__")
+    where = f" in {place}" if place is not None else ""
+    return (
+        f"'{name}' of the model is replaced by another parameter while the forward runs{where}, and the optimizer has "
+        "the old one: change its values under torch.no_grad() (copy_, clamp_), outside of the forward."
+    )
 
 
 def _not_given(roots: Sequence[Tensor], parameter: Tensor) -> str:
@@ -102,15 +123,36 @@ class FirstStep:
     def __call__(self, window: Sequence[Any], norms: bool = False, between: Callable[[], None] | None = None) -> Report:
         parameters = self._step.parameters.by_name
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        report: Report = self._step(window, norms, between)
+        reached: dict[int, Tensor] = {}
+
+        def look(_: Any, roots: Sequence[Tensor]) -> None:
+            if not reached:
+                reached.update(leaves(roots))
+
+        self._step.after_backward.append(look)
+        try:
+            report: Report = self._step(window, norms, between)
+        finally:
+            self._step.after_backward.remove(look)
         if not report.skipped:
             self._over()
             forward = Forward(self._step.model, self._step.objective, window[0], parameters)
             # What a transform has frozen has no gradient any more, and had one.
             given = {name: one for name, one in parameters.items() if name not in self._step.transforms.taken}
-            for finding in (*without_gradient(given, forward), *not_moved(before, parameters, report.lr)):
+            for finding in (
+                *strays(reached, forward),
+                *without_gradient(given, forward),
+                *_zero(given, forward),
+                *not_moved(before, parameters, report.lr),
+            ):
                 self._found(finding)
         return report
+
+
+def _zero(parameters: Mapping[str, Tensor], forward: Forward) -> list[str]:
+    """Gradients that are zero because something is flat. Others may well be (behind a layer that begins at zero)."""
+    names = [name for name, one in parameters.items() if one.grad is not None and not float(norms.norm([one.grad]))]
+    return flat(names, forward) if names else []
 
 
 def not_moved(before: Mapping[str, Tensor], parameters: Mapping[str, Tensor], lr: float) -> list[str]:
@@ -139,10 +181,3 @@ def not_moved(before: Mapping[str, Tensor], parameters: Mapping[str, Tensor], lr
             "most of it is lost in rounding; keep float32 masters or raise the learning rate."
         )
     return said
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a sentence: the first few, and how many more."""
-    names = list(names)
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(f"'{name}'" for name in names[:_NAMED]) + more

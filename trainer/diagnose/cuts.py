@@ -4,7 +4,7 @@ The graph says which parameters the loss is connected to; the trace of a forward
 went.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from trainer.diagnose.trace import Call, Trace, storage_of
 
 # These cut because that is what they are for; any other operation cuts because something else was off.
 _DETACHING = {"detach", "detach_", "data"}
+_SHOWN = 3
+"""So many places at which values left torch are said; of others only how many they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,32 +27,50 @@ class Cut:
     - `unread`: what was made of it does not reach the loss; the call is the last that it went into.
     - `left`: nor does it as a tensor, and its value left torch as a number, by one of the calls.
     - `cut`: its value does reach the loss, without a graph behind this call.
+    - `unknown`: what became of it was not seen.
     """
 
-    kind: Literal["unused", "unread", "left", "cut"]
+    kind: Literal["unused", "unread", "left", "cut", "unknown"]
     calls: tuple[Call, ...] = ()
+    why: str = ""
 
     def __str__(self) -> str:
-        calls = " or by ".join(map(str, self.calls))
+        places = list(dict.fromkeys(map(str, self.calls)))
+        calls = " or by ".join(places[:_SHOWN]) + (
+            f" or by {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+        )
         if self.kind == "unused":
             return "no operation of the forward used it"
         if self.kind == "unread":
             return f"what was made of it does not reach the loss: the last that it went into is {calls}"
         if self.kind == "left":
             return f"its value left torch as a number by {calls}"
-        return f"the graph was cut by {calls}{_reason(self.calls[0])}"
+        if self.kind == "unknown":
+            return "where the graph was cut could not be seen"
+        return f"the graph was cut by {calls}{self.why}"
 
 
 def connected(roots: Iterable[Tensor]) -> set[int]:
     """The ids of the leaves that a backward from these roots would reach."""
-    found: set[int] = set()
-    seen: set[Any] = set()
+    return set(leaves(roots))
+
+
+def leaves(begin: Any, but: Collection[Any] = ()) -> dict[int, Tensor]:
+    """The leaves that a backward from these roots, or from a node, would reach, by id.
+
+    Args:
+        but: nodes that are not walked through.
+    """
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set(but)
     ahead: list[Any] = []
-    for root in roots:
+    for root in begin if isinstance(begin, Iterable) else ():
         if root.grad_fn is not None:
             ahead.append(root.grad_fn)
         elif root.requires_grad:
-            found.add(id(root))
+            found[id(root)] = root
+    if not isinstance(begin, Iterable):
+        ahead, seen = [begin], seen - {begin}
     while ahead:
         node = ahead.pop()
         if node in seen:
@@ -58,7 +78,7 @@ def connected(roots: Iterable[Tensor]) -> set[int]:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            found.add(id(leaf))
+            found[id(leaf)] = leaf
         ahead.extend(following for following, _ in node.next_functions if following is not None)
     return found
 
@@ -74,6 +94,7 @@ class Flow:
 
     def __init__(self, trace: Trace, roots: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
         self._calls = trace.calls
+        self._is_partial = trace.elsewhere
         self._bits = {name: 1 << index for index, name in enumerate(parameters)}
         self._carried: dict[int, int] = {}
         """Of a tensor or a storage: the bits of the parameters whose values are in it."""
@@ -86,7 +107,11 @@ class Flow:
             for tensor in call.inputs:
                 bits |= self._of(tensor)
             self._reads.append(bits)
-            for tensor in (*call.outputs, *(changed for changed, _ in call.changed)):
+            changed = {key for tensor, _ in call.changed for key in _keys(tensor)}
+            for tensor in call.outputs:
+                views = [one for one in call.inputs if not changed and _share(one, tensor)]
+                self._add(tensor, self._of(views[0]) if len(views) == 1 else bits)  # a view is made of one alone
+            for tensor, _ in call.changed:
                 self._add(tensor, bits)
         self._inner = self._inside_functions()
         self._useful = self._leading_to(roots)
@@ -98,12 +123,45 @@ class Flow:
         for call in reading:
             if call.order in self._useful and any(self._is_live(one) and self._of(one) & bit for one in call.inputs):
                 made = [*call.outputs, *(changed for changed, _ in call.changed)]
-                if any(not self._is_live(tensor) for tensor in made):
-                    return Cut("cut", (call,))
+                dead = [tensor for tensor in made if not self._is_live(tensor) and self._of(tensor) & bit]
+                if dead:
+                    return Cut("cut", (call,), _reason(call, dead))
+        hidden = self._written_unseen(reading, bit)
+        if hidden is not None:
+            return Cut("cut", (hidden,), ": it writes through .data or a detached view, without a graph")
+        derivatives = [call for call in reading if call.name == "grad"]
+        if derivatives and (derivatives[-1].order in self._useful or derivatives[-1] is reading[-1]):
+            return Cut("cut", (derivatives[-1],), ": the derivative that it takes does not depend on it")
         if not reading:
-            return Cut("unused")
+            return Cut("unknown" if self._is_partial else "unused")
         left = tuple(call for call in reading if call.exits)
-        return Cut("left", left) if left else Cut("unread", (reading[-1],))
+        if left:
+            return Cut("left", left)
+        last = reading[-1]
+        is_seen = last.order not in self._useful and not any(map(_is_transformed, (*last.inputs, *last.outputs)))
+        return Cut("unread", (last,)) if is_seen and not self._is_partial else Cut("unknown")
+
+    def _written_unseen(self, reading: Sequence[Call], bit: int) -> Call | None:
+        """The call that wrote a value with a graph into a memory that is read, later, without one."""
+        for call in reading:
+            for tensor in call.inputs if call.order in self._useful else ():
+                if self._is_live(tensor) or not self._of(tensor) & bit:
+                    continue
+                storage = storage_of(tensor)
+                for writer in reading:
+                    into = [one for one, _ in writer.changed if storage is not None and storage_of(one) == storage]
+                    source = [one for one in writer.inputs if self._is_live(one) and storage_of(one) != storage]
+                    if into and source and writer.order < call.order:
+                        return writer
+        return None
+
+    def last_cut(self) -> Cut | None:
+        """The last call behind which a value that had a graph goes on to the roots without one, whatever it is of."""
+        for call in reversed(self._calls):
+            had = call.order in self._useful and any(self._is_live(tensor) for tensor in call.inputs)
+            if had and call.outputs and not any(self._is_live(tensor) for tensor in call.outputs):
+                return Cut("cut", (call,), _reason(call, call.outputs))
+        return None
 
     def origins(self) -> list[Call]:
         """The calls that made a tensor out of none and whose value reaches the roots."""
@@ -154,12 +212,24 @@ def _keys(tensor: Tensor) -> tuple[int, ...]:
     return (id(tensor),) if storage is None else (id(tensor), -storage)
 
 
-def _reason(call: Call) -> str:
+def _share(one: Tensor, other: Tensor) -> bool:
+    storage = storage_of(one)
+    return storage is not None and storage == storage_of(other)
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether it is what vmap or torch.func work on, whose values go on in tensors that no call has made."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _reason(call: Call, dead: Sequence[Tensor]) -> str:
     if call.name in _DETACHING:
         return ""
+    if call.name == "grad":
+        return ": without create_graph=True its result has no graph"
     if not call.gradients_on:
         return ": gradients are switched off there (no_grad)"
-    kinds = {tensor.dtype for tensor in call.outputs}
+    kinds = {tensor.dtype for tensor in dead}
     if kinds and not any(kind.is_floating_point or kind.is_complex for kind in kinds):
         return f": its result is {'bool' if kinds == {torch.bool} else 'whole numbers'}, which have no gradient"
     return ": its result has no gradient"

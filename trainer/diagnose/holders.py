@@ -11,11 +11,12 @@ _DEEP = 6
 _LONG = 10_000
 
 
-def held_by(roots: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def held_by(roots: Mapping[str, Any], parameters: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that these objects hold, with the words that reach it: `model.cache[3]`.
 
     Args:
         roots: what to look into, by the name it goes by. Functions are looked into by what they refer to.
+        parameters: also the parameters of modules. They hold no graph, and there are many.
     """
     seen: set[int] = set()
     ahead = [(name, value, 0) for name, value in roots.items()]
@@ -28,7 +29,7 @@ def held_by(roots: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield name, value
             continue
         if depth < _DEEP:
-            ahead.extend((inner, item, depth + 1) for inner, item in _inside(name, value))
+            ahead.extend((inner, item, depth + 1) for inner, item in _inside(name, value, parameters))
 
 
 def named_holder(is_it: Callable[[Tensor], bool], roots: Mapping[str, Any]) -> tuple[str, Tensor] | None:
@@ -44,7 +45,7 @@ def named_holder(is_it: Callable[[Tensor], bool], roots: Mapping[str, Any]) -> t
     return None
 
 
-def _inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _inside(name: str, value: Any, parameters: bool) -> Iterator[tuple[str, Any]]:
     if isinstance(value, str | bytes | int | float | type | types.ModuleType):
         return
     if isinstance(value, Mapping):
@@ -60,8 +61,7 @@ def _inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value.__func__, types.FunctionType):
             yield from _of_function(value.__func__)
     elif isinstance(value, nn.Module):
-        # Parameters are leaves: they hold no graph, and there are many.
-        for key, item in {**value._modules, **value._buffers}.items():
+        for key, item in {**value._modules, **value._buffers, **(value._parameters if parameters else {})}.items():
             yield f"{name}.{key}", item
         for key, item in vars(value).items():
             if not key.startswith("_") or not hasattr(nn.Module(), key):

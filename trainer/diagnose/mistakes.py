@@ -4,61 +4,24 @@ All of it comes after the fact. The forward is run once more under a trace, whic
 wrong. Where the second run does not show the mistake, less is said, rather than guessed.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer import rng
 from trainer.diagnose import graphs, places
 from trainer.diagnose.cuts import Cut, Flow
+from trainer.diagnose.forward import Forward as Forward
+from trainer.diagnose.freed import calls_backward, walked_twice
 from trainer.diagnose.holders import held_by
-from trainer.diagnose.trace import Call, Trace, storage_of, tensors_in
+from trainer.diagnose.trace import Call, Trace, storage_of
 from trainer.errors import GradientError, ObjectiveError
-from trainer.gradient.objective import Objective, terms_of, who
-from trainer.gradient.parameters import named_modules, named_parameters
+from trainer.gradient.objective import who
+from trainer.gradient.parameters import named_modules
 
 _INFERENCE = ("Inference tensors cannot be saved for backward", "Inplace update to inference tensor")
 _LEAF = ("a leaf Variable that requires grad is being used in an in-place operation", "a view of a leaf Variable")
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One forward that went wrong, and how to run it again."""
-
-    model: Any
-    objective: Objective
-    micro_batch: Any
-    parameters: Mapping[str, Tensor]
-    """Those under training, by name."""
-
-    def again(self) -> tuple[Trace, list[Tensor]]:
-        """The forward under a trace, and what it would differentiate: nothing where it raised."""
-        trace, roots = Trace(), []
-        with rng.preserved():
-            try:
-                with trace:
-                    answer = self.objective(self.model, self.micro_batch)
-                roots = [term.value for term in terms_of(answer, self.objective)]
-            except Exception:  # the first run's error is what is explained
-                roots = []
-        return trace, roots
-
-    def names(self) -> dict[int, str]:
-        """What the model holds, by storage."""
-        found: dict[int, str] = {}
-        for kind, tensors in (("parameter", named_parameters(self.model)), ("buffer", _buffers(self.model))):
-            for name, tensor in tensors.items():
-                storage = storage_of(tensor)
-                if storage is not None:
-                    found.setdefault(storage, f"the {kind} '{name}'")
-        for index, tensor in enumerate(tensors_in(self.micro_batch)):
-            storage = storage_of(tensor)
-            if storage is not None:
-                found.setdefault(storage, f"tensor {index} of the micro-batch")
-        return found
 
 
 def explain(error: RuntimeError, forward: Forward, roots: tuple[Tensor, ...] = ()) -> None:
@@ -83,7 +46,11 @@ def explained(error: RuntimeError, forward: Forward, roots: tuple[Tensor, ...] =
     if graphs.CHANGED in text:
         return _changed(forward, roots)
     if "backward through the graph a second time" in text:
-        return _walked_twice(forward)
+        return walked_twice(forward)
+    if "torch.utils.checkpoint:" in text:
+        return _computed_otherwise(text)
+    if "Can't call numpy() on Tensor that requires grad" in text:
+        return _into_numpy(error)
     return error
 
 
@@ -114,23 +81,54 @@ def not_connected(name: str, forward: Forward) -> ObjectiveError:
 def _nearest(cuts: list[Cut], flow: Flow) -> str:
     """The cut next to the loss: before it others may be meant (a frozen trunk), it is the one that leaves nothing."""
     reached = [cut for cut in cuts if cut.kind == "cut"]
-    if reached:
-        last = max(reached, key=lambda cut: cut.calls[0].order)
-        return f"{last}. Return a value that is made of the parameters by operations that have a gradient."
+    last = max(reached, key=lambda cut: cut.calls[0].order) if reached else None
     left = next((cut for cut in cuts if cut.kind == "left"), None)
+    if last is None and left is None:
+        last = flow.last_cut()
+    if last is not None:
+        return f"{last}. Return a value that is made of the parameters by operations that have a gradient."
     if left is not None:
         return f"{left}, and no tensor that is made of the parameters reaches the loss."
+    if any(cut.kind != "unused" for cut in cuts):
+        return "where the graph was cut could not be seen; some detach(), .data, no_grad() or whole number cuts it."
     origins = [call for call in flow.origins() if call.place is not None]
     made = f"; it is made of {origins[0]}" if len(origins) == 1 else ""
     return f"no parameter that requires a gradient took part in it{made}."
 
 
 def _inference(forward: Forward) -> GradientError:
+    trace, _ = forward.again()
+    for tensor in trace.failed.inputs if trace.failed is not None else []:
+        maker = trace.maker(tensor)
+        if tensor.is_inference() and maker is not None:
+            return GradientError(
+                f"{maker} runs under inference mode, and what it makes goes into {trace.failed}, whose backward cannot "
+                "use it: where no gradient is wanted write no_grad() in place of inference_mode(), else neither."
+            )
     holder = _holder_of_inference_tensor(forward.model)
     where = f"{holder} keeps" if holder else "something in the model or the objective keeps"
     return GradientError(
         f"{where} a tensor that was made under inference mode, and backward cannot use it: set "
         "evaluation.grad_mode=no_grad, or clone the tensor outside inference mode before it is kept."
+    )
+
+
+def _computed_otherwise(text: str) -> GradientError:
+    numbers = re.findall(r"tensors saved during (?:forward|recomputation): (\d+)", text)
+    how = f" ({numbers[0]} in forward, {numbers[1]} in the recompute)" if len(numbers) == 2 else ""
+    return GradientError(
+        f"what activation checkpointing computes again in backward is not what forward computed: it saves other tensors"
+        f"{how}, so it takes another way the second time. For segments of activation_checkpointing its verify=true "
+        "names the module and the line."
+    )
+
+
+def _into_numpy(error: RuntimeError) -> GradientError:
+    place = places.of(error)
+    where = f" in {place}" if place is not None else ""
+    return GradientError(
+        f"a tensor that requires a gradient goes into numpy{where}, which has no gradient: use torch's operation "
+        "there; detach().numpy() is for what the loss does not depend on."
     )
 
 
@@ -179,10 +177,11 @@ def _changed(forward: Forward, roots: tuple[Tensor, ...]) -> GradientError:
 
 
 def _made(trace: Trace, storage: int, saver: Call | None) -> str:
+    if saver is not None and any(storage_of(tensor) == storage for tensor in saver.outputs):
+        return "its own result"
     for call in trace.calls:
-        for tensor in call.outputs:
-            if storage_of(tensor) == storage:
-                return "its own result" if call is saver else f"the result of {call}"
+        if any(storage_of(tensor) == storage for tensor in call.outputs):
+            return f"the result of {call}"
     return "a tensor"
 
 
@@ -195,42 +194,11 @@ def written_in_forward(name: str, forward: Forward) -> GradientError:
     trace, _ = forward.again()
     own = next((call for call in trace.calls if call.name == "backward"), None)
     if own is not None:
-        return _calls_backward(own)
+        return calls_backward(own)
     return GradientError(
         f"the gradient of '{name}' was written during forward, and the step would count it as its own: return the "
         "total and leave backward to the step."
     )
-
-
-def _calls_backward(call: Call) -> GradientError:
-    return GradientError(
-        f"the objective calls {call} itself: return the total and leave backward to the step, which would walk the "
-        "same graph again (retain_graph=True would only add the gradient twice)."
-    )
-
-
-def _walked_twice(forward: Forward) -> GradientError:
-    held = dict(_by_id(held_by({"model": forward.model, "objective": forward.objective})))
-    trace, _ = forward.again()
-    own = next((call for call in trace.calls if call.name in ("backward", "grad")), None)
-    if own is not None:
-        return _calls_backward(own)
-    behind = "part of the objective's answer belongs to the graph of an earlier micro-batch, which backward has freed"
-    to_do = "detach() what is carried over from one micro-batch to the next"
-    made: set[int] = set()
-    for call in trace.calls:
-        made.update(id(tensor) for tensor in call.outputs)
-        for tensor in call.inputs:
-            if tensor.grad_fn is not None and id(tensor) not in made:
-                name = held[id(tensor)][0] if id(tensor) in held else None
-                what = f"'{name}'" if name is not None else "a tensor"
-                return GradientError(f"{behind}: {what} of then goes into {call}; {to_do}.")
-    return GradientError(f"{behind}, or the objective called backward itself: {to_do}, and leave backward to the step.")
-
-
-def _by_id(held: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[int, tuple[str, Tensor]]]:
-    for name, tensor in held:
-        yield id(tensor), (name, tensor)
 
 
 def _holder_of_inference_tensor(model: Any) -> str | None:
@@ -241,14 +209,6 @@ def _holder_of_inference_tensor(model: Any) -> str | None:
             if isinstance(value, Tensor) and value.is_inference():
                 return f"'{prefix}.{name}'" if prefix else f"'{name}'"
     return None
-
-
-def _buffers(model: Any) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in named_modules(model).items()
-        for name, buffer in module.named_buffers(recurse=False)
-    }
 
 
 def _listed(names: list[str]) -> str:

@@ -88,8 +88,12 @@ def _short(file: str) -> str:
         return path.as_posix()
 
 
-def assigned(holder: Any, name: str) -> Place | None:
-    """The line of the holder's class that sets its attribute: `self.name = …`. None where there is none, or several."""
+def assigned(holder: Any, name: str, but_in: str = "") -> Place | None:
+    """The line of the holder's class that sets its attribute: `self.name = …`. None where there is none, or several.
+
+    Args:
+        but_in: a method whose lines do not count.
+    """
     found: set[Place] = set()
     for kind in type(holder).__mro__:
         try:
@@ -100,8 +104,10 @@ def assigned(holder: Any, name: str) -> Place | None:
             continue
         if file is None or not _is_the_users(file):
             continue
+        passed = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == but_in]
+        left_out = {id(inner) for node in passed for inner in ast.walk(node)}
         for node in ast.walk(tree):
-            if not isinstance(node, ast.Assign | ast.AnnAssign):
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or id(node) in left_out:
                 continue
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(ast.unparse(part) == f"self.{name}" for target in targets for part in ast.walk(target)):

@@ -6,6 +6,8 @@ it alive, so it looks at one forward, after something went wrong or when it is a
 """
 
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -77,15 +79,22 @@ class Trace(TorchFunctionMode):
         """The call that raised, if one did; its `outputs` are empty."""
         self._makers: dict[int, Call] = {}
         self._entered_by: FrameType | None = None
+        self._eager: Any = None
+        self._warnings = warnings.catch_warnings()
+        self._thread = threading.get_ident()
+        self.elsewhere = False
+        """Whether a module ran in another thread, whose calls are not seen."""
 
     def __enter__(self) -> "Trace":
+        if "torch._dynamo" in sys.modules:  # what is compiled runs as it is written, or its inside is not seen
+            self._eager = torch.compiler.set_stance("force_eager")
         super().__enter__()  # type: ignore[no-untyped-call]
         self._entered_by = sys._getframe(1)
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+        self._hooks = [register_module_forward_pre_hook(self._entered)]
         if self._names:
-            self._hooks = [
-                register_module_forward_pre_hook(self._entered),
-                register_module_forward_hook(self._left, always_call=True),
-            ]
+            self._hooks.append(register_module_forward_hook(self._left, always_call=True))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -93,8 +102,14 @@ class Trace(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._warnings.__exit__(None, None, None)
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
 
     def _entered(self, module: nn.Module, _: Any) -> None:
+        if threading.get_ident() != self._thread:
+            self.elsewhere = True
+            return
         name = self._names.get(id(module))
         if name is not None:
             self._inside.append((name, self._times.get(name, 0)))
@@ -172,7 +187,7 @@ class Trace(TorchFunctionMode):
 
 def tells_only(func: Callable[..., Any]) -> bool:
     """Whether it tells something about a tensor, and passes no value on."""
-    return name_of(func) in _SILENT
+    return name_of(func) in _SILENT and func is not torch.autograd.grad
 
 
 def name_of(func: Callable[..., Any]) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.diagnose.audit import listed
 from trainer.diagnose.history import layer_norms
 from trainer.diagnose.instrument import Instrument
+from trainer.diagnose.words import listed
 from trainer.gradient.report import Report
 
 VANISHED = 1e-5

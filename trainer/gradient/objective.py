@@ -152,6 +152,8 @@ def checked_weight(name: str, weight: Any, objective: Any) -> Number:
 
 def who(objective: Any) -> str:
     """The objective by name, for a sentence."""
+    while isinstance(objective, functools.partial):
+        objective = objective.func
     name = getattr(objective, "__qualname__", None) or type(objective).__qualname__
     return f"the objective {name}"
 
