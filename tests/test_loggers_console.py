@@ -306,3 +306,20 @@ def test_what_fit_gives_back_reads_in_one_line() -> None:
     assert repr(logged.stop(6)) == (
         "Stop(3 epochs done: 6 steps, 0 skips, 2.0 s, loss 0.25, accuracy 0.97, best accuracy 0.98 at step 10)"
     )
+
+
+def test_the_health_of_the_gradient_is_one_line_where_it_is_good_and_one_for_each_trouble_where_not() -> None:
+    def end(*health: str) -> list[str]:
+        stream = io.StringIO()
+        screen = Console(stream)
+        screen.start(logged.start())
+        screen.stop(logged.stop(5, health=list(health)))
+        return [line for line in stream.getvalue().splitlines() if "  gradient" in line or line.startswith("    ")]
+
+    assert end() == []
+    assert end("good: median norm 1") == ["  gradient health: good: median norm 1"]
+    assert end("not well: skipped", "skipped: 1 of 5 windows", "median norm 1") == [
+        "  gradient health: not well: skipped",
+        "    skipped: 1 of 5 windows",
+        "    median norm 1",
+    ]

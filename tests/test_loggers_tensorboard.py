@@ -21,7 +21,7 @@ from trainer.diagnose.history import History
 from trainer.errors import ConfigError, TrainerError
 from trainer.loggers import screen
 from trainer.loggers.events import Found
-from trainer.loggers.heat_map import NO_GRADIENT, colours
+from trainer.loggers.heat_map import NO_GRADIENT, colours, draw
 from trainer.loggers.tensorboard import HEAT_MAP, TensorBoard
 
 
@@ -88,7 +88,12 @@ def test_terms_evaluation_and_skips(tmp_path: Path) -> None:
     assert scalars(tmp_path, "loss/energy") == [(1, 0.25)]
     assert scalars(tmp_path, "eval/loss") == [(1, 0.125)]
     assert scalars(tmp_path, "eval/accuracy") == [(1, single(0.97))]
-    assert scalars(tmp_path, "gradient/skips") == [(1, 0.0), (2, 1.0), (2, 3.0)]
+    # The first skip rises where it was; the last two were not heard of.
+    assert scalars(tmp_path, "gradient/skips") == [(1, 0.0), (1, 1.0), (2, 1.0), (2, 3.0)]
+    said = read(tmp_path).Tensors("skipped/text_summary")
+    assert [(one.step, one.tensor_proto.string_val[0].decode()) for one in said] == [
+        (1, "window 2 was skipped: the loss is not finite.")
+    ]
     # 0.8 s went by between the two, 0.5 s of it in evaluation.
     assert scalars(tmp_path, "time/steps_per_second")[1] == (2, pytest.approx(1 / 0.3))
 
@@ -327,6 +332,18 @@ def test_the_heat_map_comes_ever_more_seldom_and_at_once_with_a_finding(tmp_path
     grown(board, history, 301, 302)
     board.stop(logged.stop(302))
     assert [step for step, _ in images(tmp_path)] == [*steps, 301, 302]
+
+
+def test_the_health_of_the_gradient_is_a_text_and_stands_above_the_heat_map(tmp_path: Path) -> None:
+    history, board = History(), TensorBoard(tmp_path)
+    board.start(logged.start(history=history))
+    grown(board, history, 1, 3)
+    board.stop(logged.stop(3, health=["not well: skipped", "skipped: 1 of 3 windows"]))
+    (said,) = read(tmp_path).Tensors("gradient health/text_summary")
+    assert said.tensor_proto.string_val == [b"- not well: skipped\n- skipped: 1 of 3 windows"]
+    ((_, pixels),) = images(tmp_path)
+    png, _, _ = draw(history, "not well: skipped")
+    assert (pixels == np.asarray(Image.open(io.BytesIO(png)))).all()
 
 
 def test_where_no_gradient_was_looked_at_there_is_no_heat_map(tmp_path: Path) -> None:

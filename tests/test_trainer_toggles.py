@@ -592,7 +592,8 @@ def test_the_audit(tmp_path, capsys, audit) -> None:
     assert [(line["text"], line["steps"]) for line in lines if line["event"] == "found"] == [(said, 1)] * audit
     shown = capsys.readouterr().out
     assert (f"found: {said}" in shown) == audit
-    assert ("gradient: median norm" in shown) == audit == bool(stop.health)
+    assert ("  gradient health: not well: first step\n    first step: no gradient reached" in shown) == audit
+    assert [line[:10] for line in stop.health] == (["not well: ", "first step", "median nor"] if audit else [])
     found = EventAccumulator(str(tmp_path)).Reload()
     assert ("found/text_summary" in found.Tags()["tensors"]) == audit
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from trainer.diagnose.audit import FirstStep, Wiring
 from trainer.diagnose.history import History
-from trainer.diagnose.instrument import Instrument
+from trainer.diagnose.instrument import Instrument, Trouble
 from trainer.diagnose.noise import NoiseScale
 from trainer.diagnose.retention import Retention
+from trainer.diagnose.skipped import Skipped
 from trainer.diagnose.sources import NameSources, SourceGradients
 from trainer.diagnose.terms import TermGradients
 from trainer.diagnose.watch import Watch
@@ -24,7 +25,7 @@ def instruments(
     wanted = settings.diagnose
     chosen: dict[str, Instrument] = {}
     if wanted.audit:
-        chosen |= {"wiring": Wiring(step), "watch": Watch()}
+        chosen |= {"watch": Watch(), "wiring": Wiring(step), "skipped": Skipped(step)}
         chosen["retention"] = retention = Retention(step, found)
         step.after_backward.append(retention)
     if wanted.noise_scale is not None:
@@ -64,10 +65,11 @@ class Health:
     ) -> None:
         self._step = step
         self._tell = tell
-        self._instruments = instruments(step, settings, self._found, sources)
+        self._seen: list[Trouble] = []
+        self._instruments = instruments(step, settings, lambda text: self._trouble("graphs kept", text), sources)
         self.step: Callable[..., Report] = step
         if settings.diagnose.audit:
-            self.step = FirstStep(step, self._found, self._is_over)
+            self.step = FirstStep(step, lambda text: self._trouble("first step", text), self._is_over)
 
     def before_first(self, certify: Callable[[Any], Any]) -> None:
         """Have the first window's gradient certified before it becomes a step (`check=first_step`).
@@ -110,23 +112,38 @@ class Health:
         return history if isinstance(history, History) else None
 
     def words(self) -> list[str]:
-        """How the gradient did, for the run's end."""
-        return [line for one in self._instruments.values() for line in one.words()]
+        """How the gradient did, for the run's end: a verdict, and a line for each trouble and each other thing.
+
+        Of a healthy gradient it is one line, but for what was measured on request. Empty where nothing was looked at.
+        """
+        troubles = [*self._seen, *(trouble for one in self._instruments.values() for trouble in one.troubles())]
+        words = [line for one in self._instruments.values() for line in one.words()]
+        if troubles:
+            verdict = f"not well: {', '.join(dict.fromkeys(word for word, _ in troubles))}"
+            return [verdict, *(f"{word}: {text}" for word, text in troubles), *words]
+        looked = "watch" in self._instruments and self._instruments["watch"].words()
+        return [f"good: {words[0]}", *words[1:]] if looked else words
 
     def state_dict(self) -> dict[str, Any]:
         """What each instrument has seen and said so far."""
-        states = {name: one.state_dict() for name, one in self._instruments.items()}
-        return {name: state for name, state in states.items() if state is not None}
+        states: dict[str, Any] = {name: one.state_dict() for name, one in self._instruments.items()}
+        seen = [list(trouble) for trouble in self._seen]
+        return {name: state for name, state in states.items() if state is not None} | {"seen": seen}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         for name, one in self._instruments.items():
             if state is not None and name in state:
                 one.load_state_dict(state[name])
+        self._seen = [] if state is None else [(word, text) for word, text in state["seen"]]
         if self._step.clocks.steps:
             self._is_over()
 
     def _is_over(self) -> None:
         self.step = self._step
+
+    def _trouble(self, word: str, text: str) -> None:
+        self._seen.append((word, text.rstrip(".")))
+        self._found(text)
 
     def _found(self, text: str) -> None:
         self._tell(Found(text, self._step.clocks.as_dict()))

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from trainer.gradient.report import Report
 
+Trouble = tuple[str, str]
+"""In a word, and in a line: `("vanishing", "'0.weight' since step 150")`."""
+
 
 class Instrument:
-    """An instrument has of these six what it needs. All that it says is a sentence, or a line of words.
+    """An instrument has of these seven what it needs. All that it says is a sentence, or a line of words.
 
     One that looks at micro-batches hangs itself on `Step.after_backward` as well.
     """
@@ -26,8 +29,12 @@ class Instrument:
     def skip(self, parameters: Mapping[str, Tensor], report: Report) -> None:
         """A window was skipped; its gradients are still there. On a device it comes where a report is read."""
 
+    def troubles(self) -> list[Trouble]:
+        """What was wrong with the gradient, for the run's end."""
+        return []
+
     def words(self) -> list[str]:
-        """How the gradient did, for the run's end."""
+        """What else there is to say of the gradient, for the run's end."""
         return []
 
     def state_dict(self) -> dict[str, Any] | None:

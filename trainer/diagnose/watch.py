@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.diagnose.history import layer_norms
-from trainer.diagnose.instrument import Instrument
+from trainer.diagnose.instrument import Instrument, Trouble
 from trainer.diagnose.words import listed
 from trainer.gradient.report import Report
 
@@ -30,56 +30,92 @@ class Watch(Instrument):
 
     def __init__(self) -> None:
         self._norms: deque[float] = deque(maxlen=_REMEMBERED)
+        self._low, self._high = math.inf, 0.0
         self._small: dict[str, int] = {}
         self._missing: dict[str, int] = {}
         self._had: set[str] = set()
-        self._said: set[str] = set()
+        self._since: dict[str, int] = {}  # what was said, `vanished 0.weight`, and at which step
+        self._usual = math.inf  # the median when it exploded
+        self._extremes = ""  # of the vanished ones, in words
         self._looks = 0
-        self._skips = 0
+        self._clipped = 0
+        self._clips = False
 
     def look(self, parameters: Mapping[str, Tensor], report: Report) -> list[str]:
         if report.skipped:
-            self._skips += 1
             return []
         self._looks += 1
+        factor = report.clip_factor
+        if factor is not None:
+            self._clips = True
+            self._clipped += factor < 1.0
         norms = layer_norms(parameters, report)
         sizes = {name: norm / math.sqrt(max(1, parameters[name].numel())) for name, norm in norms.items()}
         step = report.clocks.get("steps", 0)
         return [
             *self._vanished(parameters, sizes, step),
             *self._stale(parameters, sizes, step),
-            *self._exploded(report, norms),
+            *self._exploded(report, norms, step),
         ]
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "norms": list(self._norms),
+            "low": self._low,
+            "high": self._high,
             "small": dict(self._small),
             "missing": dict(self._missing),
             "had": sorted(self._had),
-            "said": sorted(self._said),
+            "since": dict(self._since),
+            "usual": self._usual,
+            "extremes": self._extremes,
             "looks": self._looks,
-            "skips": self._skips,
+            "clipped": self._clipped,
+            "clips": self._clips,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._norms = deque(state["norms"], maxlen=_REMEMBERED)
+        self._low, self._high = state["low"], state["high"]
         self._small, self._missing = dict(state["small"]), dict(state["missing"])
-        self._had, self._said = set(state["had"]), set(state["said"])
-        self._looks, self._skips = state["looks"], state["skips"]
+        self._had, self._since = set(state["had"]), dict(state["since"])
+        self._usual, self._extremes = state["usual"], state["extremes"]
+        self._looks, self._clipped, self._clips = state["looks"], state["clipped"], state["clips"]
+
+    def troubles(self) -> list[Trouble]:
+        found = []
+        still, over = self._parted("vanished", self._small)
+        if still:
+            found.append(("vanishing", f"{listed(still)} since step {self._first('vanished', still)}{self._extremes}"))
+        if over:
+            found.append(("vanished", f"{listed(over)} for a while, from step {self._first('vanished', over)} on"))
+        gone, _ = self._parted("stopped", self._missing)
+        if gone:
+            found.append(("stopped", f"no gradient reaches {listed(gone)} since step {self._first('stopped', gone)}"))
+        if "exploded" in self._since:
+            at = f"step {self._since['exploded']:,}, up to {self._high:.3g} where {self._usual:.3g} was usual"
+            lasts = not self._norms or self._norms[-1] > EXPLODED * self._usual
+            found.append(("exploding", f"since {at}") if lasts else ("exploded", f"at {at}; it came down again"))
+        if "not finite" in self._since:
+            found.append(("not finite", f"the norm at step {self._since['not finite']:,}, and the step was taken"))
+        return found
 
     def words(self) -> list[str]:
-        if not self._looks:
+        if not self._norms:
             return []
-        said = []
-        if self._norms:
-            low, high = min(self._norms), max(self._norms)
-            said.append(f"median norm {statistics.median(self._norms):.3g}, between {low:.3g} and {high:.3g}")
-        for word in ("vanished", "exploded", "stopped"):
-            names = [name for what, _, name in (key.partition(" ") for key in sorted(self._said)) if what == word]
-            if names:
-                said.append(f"{word}: {listed(names)}" if word != "exploded" else "it exploded at least once")
-        return said
+        said = f"median norm {statistics.median(self._norms):.3g}, between {self._low:.3g} and {self._high:.3g}"
+        if self._clips:
+            said += f", clipped in {self._clipped:,} of the {self._looks:,} steps looked at"
+            said += f" ({self._clipped / self._looks:.0%})" if self._looks > 9 else ""
+        return [said]
+
+    def _parted(self, what: str, now: Mapping[str, int]) -> tuple[list[str], list[str]]:
+        """Of those that something was said of: where it is still so, and where it is over."""
+        names = [name for word, _, name in (key.partition(" ") for key in self._since) if word == what]
+        return [name for name in names if name in now], [name for name in names if name not in now]
+
+    def _first(self, what: str, names: list[str]) -> str:
+        return f"{min(self._since[f'{what} {name}'] for name in names):,}"
 
     def _vanished(self, parameters: Mapping[str, Tensor], sizes: Mapping[str, float], step: int) -> list[str]:
         largest = max((name for name in sizes if math.isfinite(sizes[name])), key=sizes.__getitem__, default=None)
@@ -89,7 +125,12 @@ class Watch(Instrument):
         matrices = [name for name in sizes if parameters[name].dim() > 1]
         small = [name for name in matrices if sizes[name] <= VANISHED * sizes[largest]]
         self._small = {name: self._small.get(name, 0) + 1 for name in small}
-        new = [name for name, count in self._small.items() if count >= IN_A_ROW and self._is_new(f"vanished {name}")]
+        if small:
+            smallest = min(small, key=sizes.__getitem__)
+            self._extremes = f"; {sizes[smallest]:.1e} an element in '{smallest}', {sizes[largest]:.1e} in '{largest}'"
+        new = [
+            name for name, count in self._small.items() if count >= IN_A_ROW and self._is_new("vanished", name, step)
+        ]
         if not new:
             return []
         zero = [name for name in new if not sizes[name]]
@@ -105,24 +146,34 @@ class Watch(Instrument):
         self._had.update(sizes)
         missing = [name for name in parameters if name not in sizes and name in self._had]
         self._missing = {name: self._missing.get(name, 0) + 1 for name in missing}
-        new = [name for name, count in self._missing.items() if count >= IN_A_ROW and self._is_new(f"stopped {name}")]
+        late = [name for name, count in self._missing.items() if count >= IN_A_ROW]
+        new = [name for name in late if self._is_new("stopped", name, step)]
         return [f"no gradient reaches {listed(new)} any more, at step {step:,}; before, one did."] if new else []
 
-    def _exploded(self, report: Report, norms: Mapping[str, float]) -> list[str]:
+    def _exploded(self, report: Report, norms: Mapping[str, float], step: int) -> list[str]:
         norm = report.grad_norm
         if norm is None:
             norm = math.hypot(*norms.values())
+        if not math.isfinite(norm):
+            if not self._is_new("not finite", "", step):
+                return []
+            # Finite numbers beyond 1e19 have squares beyond float32.
+            why = "gradient.nonfinite=allow" if math.isnan(norm) else "gradient.clip_norm would have bounded it"
+            return [f"the gradient's norm is {norm:g} at step {step:,}, and the step was taken ({why})."]
         usual = statistics.median(self._norms) if len(self._norms) >= IN_A_ROW else math.inf
         self._norms.append(norm)
-        if norm <= EXPLODED * usual or not self._is_new("exploded"):
+        self._low, self._high = min(self._low, norm), max(self._high, norm)
+        if norm <= EXPLODED * usual or not self._is_new("exploded", "", step):
             return []
+        self._usual = usual
         return [
-            f"the gradient exploded: its norm is {norm:.3g} at step {report.clocks.get('steps', 0):,}, "
+            f"the gradient exploded: its norm is {norm:.3g} at step {step:,}, "
             f"{norm / usual:.0f} times the usual {usual:.3g}."
         ]
 
-    def _is_new(self, what: str) -> bool:
-        if what in self._said:
+    def _is_new(self, what: str, name: str, step: int) -> bool:
+        key = f"{what} {name}" if name else what
+        if key in self._since:
             return False
-        self._said.add(what)
+        self._since[key] = step
         return True

@@ -158,7 +158,11 @@ class Console:
             name, value, step = event.best
             screen.line(screen.paint(f"  best: {name} {_number(value)} at step {step:,}", "green"))
         if event.health:
-            screen.line(f"  gradient: {'; '.join(event.health)}")
+            verdict, *lines = event.health
+            is_good = not verdict.startswith("not well")
+            screen.line(screen.paint(f"  gradient health: {verdict}", "green" if is_good else "yellow"))
+            for line in lines:
+                screen.line(f"    {line}")
         width = max((len(name) for name in event.files), default=0)
         for name, path in event.files.items():
             screen.line(f"  {name.ljust(width)}  {path}")

@@ -87,7 +87,7 @@ class Stop:
     go_on: str | None = None
     """The words that continue the run, where it can go on."""
     health: list[str] = field(default_factory=list)
-    """How the gradient did, in words."""
+    """How the gradient did, in words: a verdict, and a line for each other thing."""
 
     def __repr__(self) -> str:
         steps = counted(self.clocks.get("steps", 0), "step")

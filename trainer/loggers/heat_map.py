@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.diagnose.history import History
+from trainer.loggers.screen import Pace
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -36,6 +37,32 @@ PLOT = 720
 SMALLEST_ROW, LARGEST_ROW = 16, 34
 _LABELS = 220
 _TEXT = 15
+
+
+class HeatMap:
+    """When it is drawn, and what stands above it.
+
+    Ever more seldom, from 10 seconds up to 10 minutes, so that what drawing takes is nothing to the run; and at once
+    where something was found.
+    """
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self._pace = Pace(10.0, 1.5, 600.0, at_once=False)
+        self._caption = ""
+        self._has_news = False
+
+    def tell(self, caption: str) -> None:
+        """What is to stand above it from now on."""
+        self._caption, self._has_news = caption or self._caption, True
+
+    def is_due(self) -> bool:
+        return bool(self.history.rows) and (self._has_news or self._pace.due())
+
+    def png(self) -> tuple[bytes, int, int]:
+        """The file's bytes, its width and height."""
+        self._has_news = False
+        return draw(self.history, self._caption)
 
 
 def colours(norms: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -13,23 +13,24 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.diagnose.history import History, layer_norms
+from trainer.diagnose.history import layer_norms
 from trainer.due import Due
 from trainer.errors import ConfigError, TrainerError
 from trainer.gradient import norms
 from trainer.gradient.clocks import Clocks
 from trainer.gradient.report import Report
-from trainer.loggers import board, heat_map, layers
+from trainer.loggers import board, layers
 from trainer.loggers.events import Evaluated, Found, Start, Stop
 from trainer.loggers.files import RecordFile, make_folder, write_whole
+from trainer.loggers.heat_map import HeatMap
 from trainer.loggers.memory import Memory
 from trainer.loggers.rate import Rate
 from trainer.loggers.records import record
-from trainer.loggers.screen import Pace
 
 # TensorBoard keeps scalars as float32: what is beyond its range has no point in a chart.
 _LARGEST = 3.4028234663852886e38
 _PREFIX = "events.out.tfevents."
+SKIPS_SAID = 20
 HEAT_MAP = "gradient/by_layer"
 HEAT_MAP_FILE = "gradient_norms.png"
 _VARIANTS = 16
@@ -72,7 +73,7 @@ class TensorBoard:
         self._file: RecordFile | None = None
         self._axis = "steps"
         self._rate = Rate({})
-        self._skips = 0
+        self._skips = self._skips_said = 0
         self._histograms = Due(histograms, clock, at_once=True)
         self._layer_norms = Due(layer_norms, clock, at_once=True)
         self._wants_norms = layer_norms is not None
@@ -82,10 +83,7 @@ class TensorBoard:
         self._has_session = False
         self._has_layout = False
         self._events: dict[tuple[str, ...], tuple[Any, list[Any]]] = {}
-        self._history: History | None = None
-        self._draws = Pace(10.0, 1.5, 600.0, at_once=False)
-        self._caption = ""
-        self._has_news = False
+        self._map: HeatMap | None = None
 
     def start(self, event: Start) -> None:
         self._close()
@@ -95,16 +93,14 @@ class TensorBoard:
         self._rate = Rate(event.clocks)
         self._memory = Memory(event.device)
         self._clocks_shown = set()
-        self._history, self._caption, self._has_news = event.history, "", False
-        # Seldom after a while, so that what drawing takes is nothing to the run.
-        self._draws = Pace(10.0, 1.5, 600.0, at_once=False)
+        self._map = None if event.history is None else HeatMap(event.history)
         self._has_layout = False
         self._has_session = bool(event.config)
         if self._looks:
             for due in (self._histograms, self._layer_norms):
                 due.start(_as_clocks(event.clocks))
         self.nonfinite = 0
-        self._skips = _skips(event.clocks)
+        self._skips, self._skips_said = _skips(event.clocks), 0
         resumed = any(event.clocks.values())
         # TensorBoard forgets everything from this step on; what was written at the checkpoint's own step stays.
         begin = self._step_of(event.clocks) + 1 if resumed else 0
@@ -148,8 +144,8 @@ class TensorBoard:
             self._add(board.layout(self._new_event, self._step_of(clocks), without))
             self._has_layout = True
         self._write(self._step_of(clocks), scalars)
-        if self._history is not None and (self._has_news or self._draws.due()):
-            self._draw(clocks)
+        if self._map is not None and self._map.is_due():
+            self._draw(self._map, clocks)
 
     def look(self, parameters: Mapping[str, Tensor], report: Report) -> None:
         """Norms and histograms, where due, of the parameters and of their gradients as the optimizer left them."""
@@ -176,19 +172,30 @@ class TensorBoard:
         self.flush()
 
     def skip(self, report: Report) -> None:
-        """Nothing at once: the next step's `gradient/skips` counts it, or the end does."""
+        """`gradient/skips` rises at its very place; the first ones stand in the TEXT tab with their reason."""
+        clocks = report.clocks
+        self._skips = _skips(clocks)
+        self._write(self._step_of(clocks), {"gradient/skips": self._skips})
+        if self._skips_said < SKIPS_SAID:
+            self._skips_said += 1
+            words = f"window {clocks.get('windows', 0):,} was skipped: {report.reason}"
+            self._add(board.text(self._new_event, self._step_of(clocks), "skipped", words))
 
     def found(self, event: Found) -> None:
         self._add(board.text(self._new_event, self._step_of(event.clocks), "found", event.text))
-        self._caption, self._has_news = event.text, True
+        if self._map is not None:
+            self._map.tell(event.text)
 
     def stop(self, event: Stop) -> None:
         try:
             if self._file is not None and _skips(event.clocks) != self._skips:
                 self._write(self._step_of(event.clocks), {"gradient/skips": _skips(event.clocks)})
-            if self._file is not None and self._history is not None:
-                self._caption = event.health[0] if event.health else self._caption
-                self._draw(event.clocks, HEAT_MAP_FILE)
+            if self._file is not None and event.health:
+                words = "\n".join(f"- {line}" for line in event.health)
+                self._add(board.text(self._new_event, self._step_of(event.clocks), "gradient health", words))
+            if self._file is not None and self._map is not None and self._map.history.rows:
+                self._map.tell(event.health[0] if event.health else "")
+                write_whole(self.folder / HEAT_MAP_FILE, self._draw(self._map, event.clocks))
             if self._file is not None and self._has_session:
                 self._add(board.session_end(self._new_event, not event.reason.startswith("stopped by")))
         finally:
@@ -207,15 +214,10 @@ class TensorBoard:
         if file is not None:
             file.close()
 
-    def _draw(self, clocks: dict[str, int], file: str | None = None) -> None:
-        """The heat map, as far as there is one; into a file of the folder as well where one is named."""
-        self._has_news = False
-        if self._history is None or not self._history.rows:
-            return
-        png, width, height = heat_map.draw(self._history, self._caption)
+    def _draw(self, heat_map: HeatMap, clocks: dict[str, int]) -> bytes:
+        png, width, height = heat_map.png()
         self._add(board.image(self._new_event, self._step_of(clocks), HEAT_MAP, png, width, height))
-        if file is not None:
-            write_whole(self.folder / file, png)
+        return png
 
     def _told_by_clocks(self, clocks: dict[str, int]) -> dict[str, float]:
         """The clocks that say something which the axis, or another clock before them, does not say already."""
