@@ -42,11 +42,14 @@ class Sums:
         self.rng: dict[str, Any] | None = None
 
 
-def summed(ranks: Ranks, own: Sums) -> Sums:
-    """The sums of all ranks, added in their order, so that every rank comes to the same."""
+def summed(ranks: Ranks, own: Sums, is_paused: bool) -> Sums | None:
+    """The sums of all ranks, added in their order, so that every rank comes to the same; None where one was paused."""
     plain = [{name: (float(t), float(w)) for name, (t, w) in part.items()} for part in (own.terms, own.metrics)]
     found = Sums()
-    for rows, terms, metrics in ranks.gather((own.rows, *plain)):
+    everyone = ranks.gather((is_paused, own.rows, *plain))
+    if any(theirs[0] for theirs in everyone):
+        return None
+    for _, rows, terms, metrics in everyone:
         found.rows += rows
         for part, theirs in ((found.terms, terms), (found.metrics, metrics)):
             for name, (total, weight) in theirs.items():
@@ -97,9 +100,9 @@ class Evaluation:
         """The weighted means by name, `loss` first, and how many rows they are of.
 
         `micro_batches` may be a function of the number of micro-batches that lie behind. `between` is called after each
-        one; when it raises Paused, the next call goes on from there. NaN where nothing weighs anything. Raises
-        DataError where there is no micro-batch, ConfigError for a metric that cannot be summed or has a name that is
-        taken.
+        one; when it raises Paused, on whatever rank, the next call goes on from there. NaN where nothing weighs
+        anything. Raises DataError where there is no micro-batch, ConfigError for a metric that cannot be summed or has
+        a name that is taken.
         """
         objects = self._torchmetrics()
         sums, self.sums = self.sums or Sums(), None
@@ -115,6 +118,7 @@ class Evaluation:
             left = micro_batches(sums.position) if callable(micro_batches) else micro_batches
             if sums.rng is not None:
                 rng.restore(sums.rng)
+            paused = False
             for micro_batch in left:
                 sums.rows += self._weigher.rows(micro_batch)
                 try:
@@ -124,10 +128,14 @@ class Evaluation:
                     explain(error, Forward(model, self._objective, micro_batch, {}))
                     raise
                 sums.position += 1
-                if between is not None:
-                    self._look(between, sums)
-            if self._ranks.world_size > 1:
-                sums = summed(self._ranks, sums)
+                if paused := between is not None and _is_paused(between):
+                    break
+            whole = summed(self._ranks, sums, paused) if self._ranks.world_size > 1 else None if paused else sums
+            if whole is None:
+                sums.rng = rng.capture()
+                self.sums = sums
+                raise Paused
+            sums = whole
             if not sums.terms:
                 raise DataError("the evaluation data gave no micro-batch: it is empty.")
             terms = sums.terms
@@ -138,14 +146,6 @@ class Evaluation:
             if name in found:
                 raise ConfigError(f"the metric '{name}' has the name of one of the objective's terms: choose another.")
         return {**found, **own}, sums.rows
-
-    def _look(self, between: Callable[[], None], sums: "Sums") -> None:
-        try:
-            between()
-        except Paused:
-            sums.rng = rng.capture()
-            self.sums = sums
-            raise
 
     def state_dict(self) -> dict[str, Any] | None:
         """How far an evaluation came that was paused, None where there is none.
@@ -218,6 +218,14 @@ class Evaluation:
                     "function metrics(model, micro_batch) -> {name: Sum(total, weight)}."
                 )
         return dict(self._metrics)
+
+
+def _is_paused(between: Callable[[], None]) -> bool:
+    try:
+        between()
+    except Paused:
+        return True
+    return False
 
 
 def _accumulate(sums: dict[str, list[Any]], name: str, total: Any, weight: Any) -> None:

@@ -52,6 +52,8 @@ class HeldOut:
         )
         self._step = step
         self._signals = signals
+        self.look: Callable[[], None] = self._look
+        """What is done after each micro-batch of `measure`: it raises Paused where a signal waits for its answer."""
 
     def evaluate(self, between: Callable[[], None] | None = None) -> tuple[dict[str, float], int]:
         """The metrics by name and the rows that they are of. Raises ConfigError where there is no data."""
@@ -63,12 +65,13 @@ class HeldOut:
         step = self._step
 
         def left(done: int) -> Iterator[Any]:
-            return (batch for batch in source.micro_batches(0, 0, done) if batch is not NOTHING)
+            position = source.position_after(done) if isinstance(source, Dealt) else done
+            return (batch for batch in source.micro_batches(0, 0, position) if batch is not NOTHING)
 
         if step.ranks.world_size == 1:
             return self.evaluation(step.model, left, step.optimizers, between)
         with _buffers_of_the_first(step):
-            return self.evaluation(step.model, left, step.optimizers)  # one rank must not pause where others do not
+            return self.evaluation(step.model, left, step.optimizers, between)
 
     def evaluate_anew(self) -> tuple[dict[str, float], int]:
         """The same, whatever was paused before."""
@@ -80,7 +83,7 @@ class HeldOut:
         modules and optimizers are in train mode again. Raises Paused where that is to stop."""
         while True:
             try:
-                return self.evaluate(self._look)
+                return self.evaluate(self.look)
             except Paused:
                 answer()
 

@@ -121,6 +121,8 @@ class Trainer:
         parts: dict[str, Any] = {"evaluation": self._held_out, "health": self._health}
         self._limits = Limits(self.step.clocks)
         self._ranks = parts["ranks"] = RanksOfRun(self.step, self.settings, self._signals, self._limits)
+        if self._ranks:
+            self._held_out.look = self._ranks.look
         self.state = RunState(model, self.step, self.settings, self.folder, self.config, parts)
         self.go_on: str | None = None
         self.last_report: Report | None = None
@@ -214,6 +216,7 @@ class Trainer:
         held_out = self._held_out.source is not None
         evaluate = Due(self.settings.evaluation.every if held_out else None, self.settings.evaluation.clock)
         save = Due(self.settings.checkpoint.every if self.folder else None, self.settings.checkpoint.clock)
+        between = self._ranks.between if self._ranks else self._between
         for due in (log, evaluate, save):
             due.start(clocks)
         ticks, signals, limits = (
@@ -229,7 +232,7 @@ class Trainer:
             self._held_out.evaluation.sums = None  # an evaluation at an end that is none any more
         while reason is None or self._feed.is_at_end():
             for window in self._feed.windows():
-                report = self.last_report = self._health.step(window, log.is_near(clocks), self._between)
+                report = self.last_report = self._health.step(window, log.is_near(clocks), between)
                 for tick in ticks:
                     tick()
                 if report._skipped is True:
@@ -274,6 +277,7 @@ class Trainer:
 
     def _answer(self) -> None:
         """Save and go on, or stop."""
+        self._ranks.agree()
         if self._signals.to_stop:
             raise Paused
         self._signals.asked = None
@@ -281,8 +285,10 @@ class Trainer:
 
     def _give_up(self, error: BaseException) -> None:
         """The run is stopped: what can be gone on with is saved, where the window that is open is given up or kept."""
-        self._signals.end()
         paused = isinstance(error, Paused)
+        if paused:
+            self._ranks.agree()
+        self._signals.end()
         if not self.step.is_torn:
             if paused and self.step.is_open:
                 self._feed.keep_open()

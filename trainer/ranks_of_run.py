@@ -2,21 +2,23 @@
 what each of them has of its own. With one process none of it is there."""
 
 import dataclasses
+import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer import rng
 from trainer.data.order import mixed
 from trainer.distributed.alike import first_difference, first_unlike
+from trainer.distributed.call import Call
 from trainer.distributed.ranks import Ranks
 from trainer.due import Due
-from trainer.errors import ConfigError, DivergedError
+from trainer.errors import ConfigError, DivergedError, Paused
 from trainer.limits import Limits
 from trainer.settings import Settings
-from trainer.signals import Signals
+from trainer.signals import STOP, Signals
 from trainer.step import Step
 
-# What a rank may ask of all at a window's end; the largest is done.
+# What a rank may ask of all; the largest is done.
 _SAVE, _TIME, _INTERRUPT, _TERMINATE = 1, 2, 3, 4
 _CODES = {"SIGUSR1": _SAVE, "SIGINT": _INTERRUPT, "SIGTERM": _TERMINATE}
 
@@ -36,6 +38,7 @@ class RanksOfRun:
         self._signals = signals
         self._limits = limits
         self._compare = Due(settings.ranks.compare_every, settings.ranks.compare_clock)
+        self._call = Call()
         if step.reducer is not None:
             signals.wait_for_others = limits.wait_for_others = True
             step.reducer.ask = self._asked
@@ -73,7 +76,9 @@ class RanksOfRun:
                 "is on the others. Make the model the same everywhere: set seed, or load one file into all (init=)."
             )
         self._compare.start(self._step.clocks)
-        return int(self.ranks.gather(order_seed)[0])
+        seed, name = self.ranks.gather((order_seed, secrets.token_hex(8)))[0]
+        self._call = Call(name)
+        return int(seed)
 
     def compare(self) -> None:
         """Raises DivergedError, on every rank, where a parameter is not the same on all."""
@@ -87,13 +92,41 @@ class RanksOfRun:
 
     def tick(self) -> None:
         """After every window: what any rank asked for is known to all now."""
-        code = max(self._step.reducer.asked, default=0) if self._step.reducer is not None else 0
+        self._hear(self._step.reducer.asked if self._step.reducer is not None else [])
+        if self._compare(self._step.clocks):
+            self.compare()
+
+    # A stop inside a window or an evaluation. Each rank stops where it is: only sums over ranks make them wait for one
+    # another, and nothing was summed yet of what is open.
+
+    def between(self) -> None:
+        """Between two micro-batches of a window. Raises Paused, on every rank in the same window, to stop."""
+        if self._is_to_stop() and self._step.reducer is not None:
+            self._step.reducer.leave_open()
+
+    def look(self) -> None:
+        """Between two micro-batches of an evaluation. Raises Paused on this rank; the others hear of it at its end."""
+        if self._is_to_stop():
+            raise Paused
+
+    def agree(self) -> None:
+        """Every rank was paused: what was asked for is known to all now."""
+        if self and not self._signals.asked:
+            reducer = self._step.reducer if self._step.is_open else None
+            self._hear(self.ranks.gather(self._asked()) if reducer is None else reducer.asked)
+
+    def _is_to_stop(self) -> bool:
+        if self._signals.noted in STOP:
+            self._call.call()
+            return True
+        return self._call.is_heard()
+
+    def _hear(self, codes: list[int]) -> None:
+        code = max(codes, default=0)
         if code == _TIME:
             self._limits.is_over = True
         elif code:
             self._signals.asked = next(name for name, one in _CODES.items() if one == code)
-        if self._compare(self._step.clocks):
-            self.compare()
 
     def _asked(self) -> int:
         """What this rank has to ask, told with the window's sums."""
@@ -113,24 +146,20 @@ class RanksOfRun:
     # What goes into a checkpoint, as a part of the run's state.
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank's generators. Called before each save, where parameters that differ must not be saved.
+        """The names of the terms that the ranks have agreed on. Called before each save, where parameters that differ
+        must not be saved.
 
         Raises DivergedError as `compare` does.
         """
-        if not self:
+        if self._step.reducer is None:
             return {}
         self.compare()
-        return {"rng": self.ranks.gather(rng.capture())}
+        return {"terms": list(self._step.reducer.names)}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """This rank's generators; of a checkpoint of fewer ranks, generators of its own after that place."""
-        if not self:
-            return
-        saved = (state or {}).get("rng", [])
-        if self.ranks.rank < len(saved):
-            rng.restore(saved[self.ranks.rank])
-        elif not self.is_first:
-            rng.seed_all(mixed(self._settings.seed or 0, self.ranks.rank, self._step.clocks.windows))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What each rank has of its own is put back with the rest (`trainer.checkpoint.of_ranks`)."""
+        if self._step.reducer is not None and "terms" in state:
+            self._step.reducer.names = list(state["terms"])
 
 
 def _flat(tree: Any, where: str) -> dict[str, Any]:

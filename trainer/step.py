@@ -122,7 +122,7 @@ class Step:
             self._open.join(window)
             done = self._open.micro_batches
         try:
-            if not len(window):
+            if not len(window) and self._open is None:
                 self._begin(window)  # this rank has nothing, others may have
             for micro_batch in window[done:] if done else window:
                 if between is not None and self._open is not None:
@@ -190,7 +190,10 @@ class Step:
         open_.check_whole()
         try:
             report = self._finish(open_, norms)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Paused) and self.reducer is not None:
+                open_.drawn = None  # another rank stops inside the window: to be drawn again
+                raise
             if self._moving:
                 self._open, self._aside = None, []  # neither a step nor a skip: see is_torn
             self.cancel()
@@ -370,7 +373,8 @@ class Step:
     @property
     def is_open(self) -> bool:
         """Whether a window is open, each of its micro-batches wholly in it: `state_dict` can save it so."""
-        return self._open is not None and 0 < self._open.micro_batches == self._open.entered
+        open_ = self._open
+        return open_ is not None and (0 if self.reducer is None else -1) < open_.micro_batches == open_.entered
 
     @property
     def is_torn(self) -> bool:

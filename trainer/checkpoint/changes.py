@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trainer.errors import ConfigError, did_you_mean
+from trainer.gradient.clocks import counted
 from trainer.settings import Settings
 
 # What may change while a run is stopped: when it ends, what is written and looked at, and words about it. The seed is
@@ -29,12 +30,23 @@ def config_of(config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     return made
 
 
-def judged(saved: Mapping[str, Any], now: Mapping[str, Any], accept: Collection[str], where: Path) -> list[str]:
+def judged(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    accept: Collection[str],
+    where: Path,
+    worlds: tuple[int, int] = (1, 1),
+) -> list[str]:
     """What to say of the changed keys where a run goes on. Those that are not safe must be among `accept`.
+
+    `worlds`: on how many ranks it was saved and goes on; another number is another value of `distributed`.
 
     Raises ConfigError that lists those that are not, with the words that accept them.
     """
     before, after = dict(_leaves(saved, "")), dict(_leaves(now, ""))
+    if worlds[0] != worlds[1]:
+        for side, world in zip((before, after), worlds, strict=True):
+            side["distributed"] = f"{side.get('distributed', 'none')} on {counted(world, 'rank')}"
     for key in accept:
         if key not in before and key not in after:
             raise ConfigError(f"accept names '{key}', which is no key: {did_you_mean(key, {*before, *after})}")

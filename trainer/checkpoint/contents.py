@@ -29,20 +29,26 @@ PARTS = {
     "rng": "the generators of python, numpy, torch and each device",
     "run": "the place in the data, the last metrics, the best so far, an evaluation that is owed or half done, what "
     "the instruments have counted, and the machine",
+    "ranks": "of several ranks what each but the first has of its own: generators, buffers, its open window, its place "
+    "in an evaluation; each rank's tensors are in a file of their own",
     "config": "what the run was made from, as plain values",
 }
-"""Every part, with a line each. Where ranks differ (`rng`, and the open window of `step`), a part `ranks` holds a list
-of what each one has of its own, and each rank's tensors are in a file of their own."""
+"""Every part, with a line each. The first rank's own lies in the parts themselves; with one process `ranks` is a list
+of one mapping that is empty."""
 
 
-def take(model: Any, step: Step, run: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole state, in the parts of the list; its tensors are still those that are trained."""
+def take(
+    model: Any, step: Step, run: Mapping[str, Any], config: Mapping[str, Any], ranks: Sequence[Any] = ({},)
+) -> dict[str, Any]:
+    """The whole state, in the parts of the list; its tensors are still those that are trained. `ranks` is what the
+    others have of their own (`of_ranks.take`)."""
     return {
         "model": model_state(model),
         "optimizers": [optimizer_state(optimizer) for optimizer in step.optimizers],
         "step": step.state_dict(),
         "rng": rng.capture(),
         "run": dict(run),
+        "ranks": list(ranks),
         "config": dict(config),
     }
 
@@ -66,7 +72,7 @@ def put_back(
                 where,
             )
         run = {name: state["run"][name] for name in names}
-        inside, generators = state["step"], state["rng"]
+        inside, generators, _ = state["step"], state["rng"], state["ranks"]
         load_model(model, state["model"], where)
         load_optimizers(step.optimizers, state["optimizers"], where)
         step.load_state_dict(inside)

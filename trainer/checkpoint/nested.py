@@ -50,7 +50,7 @@ def snapshot(state: Mapping[str, Any]) -> Snapshot:
             items.append([key, _taken_apart(value, key, "", tensors.setdefault(key, {}))])
         elif key == "ranks":  # what differs between processes, a file for each
             parts = [
-                _taken_apart(own, f"rank-{rank:05d}", "", tensors.setdefault(f"rank-{rank:05d}", {}))
+                _taken_apart(own, stem_of(rank), "", tensors.setdefault(stem_of(rank), {}))
                 for rank, own in enumerate(value)
             ]
             items.append([key, {"list": parts}])
@@ -59,14 +59,20 @@ def snapshot(state: Mapping[str, Any]) -> Snapshot:
     return Snapshot({"mapping": items}, {stem: inside for stem, inside in tensors.items() if inside})
 
 
-def together(structure: Any, tensors: dict[str, dict[str, Tensor]], where: Path) -> dict[str, Any]:
-    """The state again; takes the tensors out of their files. Raises CheckpointError for what is no state."""
+def together(
+    structure: Any, tensors: dict[str, dict[str, Tensor]], where: Path, rank: int | None = None
+) -> dict[str, Any]:
+    """The state again; takes the tensors out of their files. Raises CheckpointError for what is no state.
+
+    With a `rank`, of what the ranks have of their own only this one's, whose file alone was read.
+    """
     state: dict[str, Any] = {}
     try:
         for key, value in structure["mapping"]:
             if key == "ranks":
                 state[key] = [
-                    _put_together(own, tensors, f"rank-{rank:05d}", where) for rank, own in enumerate(value["list"])
+                    _put_together(own, tensors, stem_of(one), where) if rank in (None, one) else {}
+                    for one, own in enumerate(value["list"])
                 ]
             else:
                 state[key] = _put_together(value, tensors, key if key in _OWN_FILE else "rest", where)
@@ -76,6 +82,11 @@ def together(structure: Any, tensors: dict[str, dict[str, Tensor]], where: Path)
     if left_over:
         raise CheckpointError(f"{where} does not know {left_over[0]} ({len(left_over)} left over).")
     return state
+
+
+def stem_of(rank: int) -> str:
+    """The name, without its ending, of the file that holds what a rank has of its own."""
+    return f"rank-{rank:05d}"
 
 
 def plain(tensor: Tensor, where: Callable[[], str]) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import changes, contents, finished, folder, of_optimizers, store
+from trainer.checkpoint import changes, contents, finished, folder, of_optimizers, of_ranks, store
 from trainer.checkpoint.nested import Snapshot
 from trainer.checkpoint.saving import Saving
 from trainer.errors import CheckpointError, ConfigError, did_you_mean
@@ -132,12 +132,13 @@ class RunState:
         if self._folder is None:
             raise ConfigError("there is no folder to save into: give folder=.")
         parts = {name: part.state_dict() for name, part in self._parts.items()}
-        if self._saving is None:
-            return  # another rank writes; what goes into it of this one, the parts have given
         run = {name: getattr(self, name) for name in _OWN} | {"parts": parts, "machine": self._machine()}
-        state = contents.take(self._model, self._step, run, self._config)
+        ranks = of_ranks.take(self._model, self._step, run)
+        if self._saving is None:
+            return  # the first rank writes
+        state = contents.take(self._model, self._step, run, self._config, ranks)
         best = None if name != BEST or self.best is None else (self.best[0], self.best[1])
-        self._saving.save(state, self._step.clocks.as_dict(), best, self._check())
+        self._saving.save(state, self._step.clocks.as_dict(), best, self._check(), len(ranks))
 
     def _check(self) -> Callable[[Snapshot], None] | None:
         """Refuses a copy whose optimizer state is not finite, unless such numbers were asked for."""
@@ -162,7 +163,7 @@ class RunState:
             return None
         if str(resume) not in ("auto", "last"):
             path = folder.found(Path(resume))
-            self._load(path, store.load(path), accept)
+            self._load(path, self._read(path), accept)
             return path
         if self._folder is None:
             raise ConfigError(f'resume="{resume}" needs the folder that the run was saved in: give folder=.')
@@ -181,7 +182,22 @@ class RunState:
         ranks = self._step.ranks
         newest, state, damaged = store.newest(run) if ranks.rank == 0 else (None, {}, [])
         chosen, damaged = ranks.gather((newest, damaged))[0]
-        return chosen, state if chosen == newest else store.load(chosen), damaged
+        return chosen, {} if chosen is None else self._read(chosen, state), damaged
+
+    def _read(self, path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A checkpoint; of what ranks have of their own the first rank reads all, each other only its own. Raises
+        CheckpointError, on every rank, for what is damaged."""
+        ranks = self._step.ranks
+        state, said = known or {}, None
+        if not state:
+            try:
+                state = store.load(path, ranks.rank or None)
+            except CheckpointError as error:
+                said = error
+        for found in ranks.gather(said):
+            if found is not None:
+                raise found
+        return state
 
     def _begin_anew(self) -> None:
         """What another run has saved here is put aside: it must not be taken for this one's."""
@@ -191,16 +207,20 @@ class RunState:
 
     def _load(self, path: Path, state: Mapping[str, Any], accept: Collection[str]) -> None:
         optimizers = self._step.optimizers
-        own = [[{**group, "params": None} for group in optimizer.param_groups] for optimizer in optimizers]
+        groups_here = [[{**group, "params": None} for group in optimizer.param_groups] for optimizer in optimizers]
         saved = state.get("config")
-        said = changes.judged(saved, self._config, accept, path) if isinstance(saved, Mapping) else []
+        ranks = self._step.ranks
+        worlds = len(state.get("ranks", ())) or 1, ranks.world_size
+        said = changes.judged(saved, self._config, accept, path, worlds) if isinstance(saved, Mapping) else []
         finite = self._settings.gradient.nonfinite != "allow"
         if any(key.partition(".")[0] == "gradient_transforms" for key in accept):
             step = state["step"]
             state = {**state, "step": {**step, "transforms": self._step.transforms.adapted(step["transforms"])}}
-        run = contents.put_back(state, self._model, self._step, (*_OWN, "parts", "machine"), path, finite)
+        own = of_ranks.of_rank(state, ranks, path)
+        run = contents.put_back(own, self._model, self._step, (*_OWN, "parts", "machine"), path, finite)
+        of_ranks.begin_new(state, ranks, self._step.clocks.windows)
         if any(key.startswith("optimizer.") for key in accept):
-            for optimizer, groups in zip(optimizers, own, strict=True):
+            for optimizer, groups in zip(optimizers, groups_here, strict=True):
                 for group, values in zip(optimizer.param_groups, groups, strict=True):
                     group.update({name: value for name, value in values.items() if name != "params"})
         self.notes += [*said, *changes.moved(run.pop("machine"), self._machine())]

@@ -5,6 +5,7 @@
                 model.safetensors        parameters and buffers under the model's own names
                 optimizers.safetensors   the optimizers' states
                 rest.safetensors         the other tensors: generators, the open window's gradients
+                rank-00001.safetensors   of several ranks: what that one has of its own
 
 The structure comes from the code that loads, only numbers from the files; nothing is ever unpickled.
 """
@@ -97,8 +98,11 @@ def is_same(taken: nested.Snapshot, written: Manifest) -> bool:
     )
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote. Raises CheckpointError naming the file that is damaged, or what else it is."""
+def load(path: Path, rank: int | None = None) -> dict[str, Any]:
+    """Read what `save` wrote. Raises CheckpointError naming the file that is damaged, or what else it is.
+
+    With a `rank`, what other ranks have of their own is left unread.
+    """
     written = _manifest_of(path)
     structure = strict.parsed(
         manifest.content(path, written, manifest.STATE), path / manifest.STATE, manifest.LARGEST_STATE
@@ -106,9 +110,13 @@ def load(path: Path) -> dict[str, Any]:
     tensors = {
         name.removesuffix(".safetensors"): _tensors(path, written, name)
         for name in written.files
-        if name != manifest.STATE
+        if name != manifest.STATE and not (rank is not None and _is_of_other_rank(name, rank))
     }
-    return nested.together(structure, tensors, path / manifest.STATE)
+    return nested.together(structure, tensors, path / manifest.STATE, rank)
+
+
+def _is_of_other_rank(name: str, rank: int) -> bool:
+    return name.startswith("rank-") and name != f"{nested.stem_of(rank)}.safetensors"
 
 
 def newest(run: Path) -> tuple[Path | None, dict[str, Any], list[CheckpointError]]:

@@ -64,6 +64,14 @@ class Dealt:
         length = self.whole.length()
         return None if length is None else -(-length // self.world_size)
 
+    def position_after(self, rounds: int) -> int:
+        """The place in an epoch where each rank has so many micro-batches behind it, as far as it has so many."""
+        if self.lengths is not None:
+            return sum(min(length, rounds) for length in self.lengths)
+        length = self.whole.length()
+        together = rounds * self.world_size
+        return together if length is None else min(together, length)
+
     def notes(self) -> list[str]:
         """How the data comes to the ranks, where they might take it otherwise than is meant."""
         if self.lengths is not None:

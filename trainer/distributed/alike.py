@@ -50,10 +50,14 @@ def first_difference(ranks: Ranks, tensors: Mapping[str, Tensor]) -> tuple[str, 
 
     All ranks come to the same answer. One read of the device and one exchange of 8 bytes for each tensor and rank.
     """
-    digests = [digest(tensor) for tensor in tensors.values()]
-    device = digests[0].device if digests else torch.device("cpu")
-    here = torch.stack([one.to(device) for one in digests]).tolist() if digests else []
-    return _unlike(ranks.gather([(name, number) for name, number in zip(tensors, here, strict=True)]))
+    return _unlike(ranks.gather(list(zip(tensors, _digests(tensors), strict=True))))
+
+
+def unlike_the_first(ranks: Ranks, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Which of this rank's tensors are not what the first rank has under their names. Called by every rank."""
+    here = dict(zip(tensors, _digests(tensors), strict=True))
+    first = ranks.gather(here)[0]
+    return {name for name, number in here.items() if first.get(name) != number}
 
 
 def first_unlike(ranks: Ranks, values: Mapping[str, Any]) -> tuple[str, list[Any]] | None:
@@ -67,6 +71,11 @@ def first_unlike(ranks: Ranks, values: Mapping[str, Any]) -> tuple[str, list[Any
         if any(repr(one) != repr(found[0]) for one in found):
             return name, found
     return None
+
+
+def _digests(tensors: Mapping[str, Tensor]) -> list[int]:
+    digests = [digest(tensor) for tensor in tensors.values()]
+    return torch.stack([one.to(digests[0].device) for one in digests]).tolist() if digests else []
 
 
 def _unlike(everyone: list[list[tuple[str, int]]]) -> tuple[str, list[int]] | None:

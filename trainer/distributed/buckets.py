@@ -2,7 +2,8 @@
 
 The first buffer holds, in front of its gradients, whatever else is to be summed: so a small model costs one sum a
 window in all. It is float64 whatever the gradients are, which keeps counts exact; half-precision gradients are summed
-in float32. A large gradient is summed where it lies, without a copy.
+in float32. A large gradient is summed where it lies, without a copy: so only once the first buffer has come, which may
+say that the window is not to be summed at all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,8 @@ class Buckets:
         return bucket
 
     def send(self, ranks: Ranks, gradients: Mapping[str, Tensor]) -> None:
-        """Start Σ over ranks of all buffers. A parameter without a gradient here counts as zeros."""
+        """Start Σ over ranks of all buffers. A parameter without a gradient here counts as zeros. The gradients
+        themselves stay as they are until `send_whole` and `receive`."""
         self._coming = []
         with torch.no_grad():
             for bucket in self._buckets:
@@ -85,17 +87,26 @@ class Buckets:
                 if known:
                     torch._foreach_copy_([view for view, _ in known], [gradient for _, gradient in known])
                 self._coming.append(ranks.sum_later(bucket.buffer))
-            self._sent = {}
+
+    def receive_head(self) -> Tensor:
+        """Wait for the first buffer; its other numbers."""
+        self._coming[0]()
+        return self.head
+
+    def send_whole(self, ranks: Ranks, gradients: Mapping[str, Tensor]) -> None:
+        """Start Σ over ranks of the large gradients, where they lie."""
+        self._sent = {}
+        with torch.no_grad():
             for name in self._whole:
                 gradient = gradients.get(name)
                 whole = torch.zeros_like(self._parameters[name]) if gradient is None else gradient.contiguous()
                 self._sent[name] = whole
                 self._coming.append(ranks.sum_later(_plain(whole)))
 
-    def receive_head(self) -> Tensor:
-        """Wait for the first buffer; its other numbers."""
-        self._coming[0]()
-        return self.head
+    def drop(self) -> None:
+        """Wait for the buffers, in place of `send_whole` and `receive`: what was sent counts for nothing."""
+        for arrived in self._coming[1:]:
+            arrived()
 
     def receive(self, gradients: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
         """Wait for the rest. The summed gradients of the `wanted` names: in the given tensors where they were there."""

@@ -18,7 +18,7 @@ _ALIVE, _LAST_WORDS = "trainer/alive/{}", "trainer/last_words/{}"
 
 def last_words(rank: int, words: str) -> None:
     """A rank that ends by an error says why, where the others will look for it."""
-    store = _store()
+    store = find_store()
     if store is not None:
         try:
             store.set(_LAST_WORDS.format(rank), words)
@@ -48,7 +48,7 @@ def _listed(ranks: list[int]) -> str:
 
 def _roll_call(rank: int, world_size: int) -> tuple[list[int], dict[int, str]]:
     """(ranks that do not answer, the last words of those that left some)."""
-    store = _store()
+    store = find_store()
     if store is None:
         return [], {}
     others = [other for other in range(world_size) if other != rank]
@@ -67,7 +67,7 @@ def _roll_call(rank: int, world_size: int) -> tuple[list[int], dict[int, str]]:
         return [], {}  # rank 0 holds the store, and is gone with it
 
 
-def _store() -> Any:
+def find_store() -> Any:
     """The store that the default group was made with (private, torch 2.13); None where there is none any more."""
     find = getattr(dist.distributed_c10d, "_get_default_store", None)
     try:

@@ -58,6 +58,12 @@ class ManyProcesses:
         self._ask(lambda: dist.all_gather_object(found, value, group=self._host))
         return found
 
+    def to_first(self, value: Any) -> list[Any]:
+        """Every rank's value on the first rank, nothing on the others. Raises TrainerError as `sum_later` does."""
+        found: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        self._ask(lambda: dist.gather_object(value, found, group=self._host, group_dst=0))
+        return found or []
+
     def _ask(self, question: Callable[[], T]) -> T:
         try:
             return question()

@@ -21,6 +21,9 @@ class Ranks(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value (plain Python or tensors on the CPU), in the order of ranks."""
 
+    def to_first(self, value: Any) -> list[Any]:
+        """The same on the first rank alone; nothing on the others."""
+
 
 class OneProcess:
     """The identity: no other rank."""
@@ -33,4 +36,7 @@ class OneProcess:
         return lambda: None
 
     def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def to_first(self, value: Any) -> list[Any]:
         return [value]

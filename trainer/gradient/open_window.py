@@ -45,10 +45,8 @@ class OpenWindow:
     ) -> None:
         self.loss_scale = loss_scale
         self.drawn = drawn
-        self.entered = 0
-        self.micro_batches = 0
-        self.rows = 0
-        self.tokens = 0
+        self.entered = self.micro_batches = 0
+        self.rows = self.tokens = 0
         self.terms: dict[str, TermSum] = {}
         self.losses_are_finite = True
         """Whether every value so far is finite, as far as the host knows."""
@@ -288,12 +286,14 @@ class OpenWindow:
             "rows": self.rows,
             "tokens": self.tokens,
             "terms": {name: sums.state_dict() for name, sums in self.terms.items()},
+            "opening": None if self.opening is None else self.opening.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.entered = self.micro_batches = state["micro_batches"]
-        self.rows = state["rows"]
-        self.tokens = state["tokens"]
+        self.rows, self.tokens = state["rows"], state["tokens"]
+        if self.opening is not None and state["opening"] is not None:
+            self.opening.load_state_dict(state["opening"])
         self.terms = {name: TermSum.from_state(sums) for name, sums in state["terms"].items()}
         self.settle()
         self.losses_are_finite = all(math.isfinite(value) for _, _, value in self.losses())

@@ -64,6 +64,7 @@ class Opening:
         self._coming: list[Arrived] = []
         self._told: Tensor | None = None
         self._weights: Tensor | None = None
+        self._kept: list[Number] | None = None
         if drawn is None:
             return
         sums: list[Number] = [0.0] * (1 + len(self._names))
@@ -97,9 +98,10 @@ class Opening:
             weight: what the term counts in the micro-batch at hand.
             means: whether the data tells what the term counts.
         """
-        if self._told is not None and self._reduction == "micro_batches":
+        is_told = self._told is not None or self._kept is not None
+        if is_told and self._reduction == "micro_batches":
             return self._sums()[0], True
-        if self._told is not None and means and (place := self._place(name)) is not None:
+        if is_told and means and (place := self._place(name)) is not None:
             return not_zero(self._sums()[1 + place]), True
         # The next window's guess is made of sums over ranks, so it is everybody's; the first one is this rank's own.
         if name in self._expected:
@@ -124,7 +126,18 @@ class Opening:
                 "thaw and make parameters alike on all of them."
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of the window over all ranks, so that one that was saved open is gone on with as it began."""
+        known = [] if self._told is None and self._kept is None else self._sums()
+        return {"names": list(self._names), "sums": [float(one) for one in known]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._names = list(state["names"])
+        self._kept = list(state["sums"]) or None
+
     def _sums(self) -> list[Number]:
+        if self._kept is not None:
+            return self._kept
         self.arrive()
         told = [] if self._told is None else self._told.tolist()
         return [told[0], *(told[3:] if self._weights is None else self._weights.unbind())]

@@ -3,6 +3,9 @@
 After the last backward every rank sends one flat buffer: in front what it counted and found, behind it the gradient
 (`trainer.distributed.buckets`; more buffers where the model is large). So the verdict is one for all: whatever is
 decided afterwards is decided by every rank from the same numbers. A rank whose window is empty sends zeros.
+
+A rank that is to stop inside its window sends zeros too, and says so in front: then nothing is summed, and every rank
+leaves its window open where it stands (`leave_open`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +16,13 @@ from torch import Tensor
 
 from trainer.distributed.buckets import Buckets
 from trainer.distributed.ranks import Ranks
-from trainer.errors import GradientError
+from trainer.errors import GradientError, Paused
 from trainer.gradient import norms, skips
-from trainer.gradient.narrow import gradient_dtype
 from trainer.gradient.objective import MEAN
 from trainer.gradient.open_window import OpenWindow
 from trainer.gradient.opening import Opening, Summed
 from trainer.gradient.parameters import Trained
+from trainer.gradient.present import marks, present, sum_sparse
 from trainer.gradient.report import FREE_READS, Number, Report, Trace
 from trainer.gradient.term_facts import FACTS, NOTHING, TermFacts, gathered, here, leftover, settle
 from trainer.gradient.term_sum import TermSum
@@ -28,8 +31,9 @@ from trainer.settings import GradientSettings
 
 # In front: whether there is a term without a place yet, micro-batches, rows, tokens.
 _FRONT = 4
-# What a rank's own number is made of: its loss and its gradient, where they are not finite, and what it asks.
-_LOSS, _GRADIENT, _ASKED = 1, 2, 4
+# What a rank's own number is made of: its loss and its gradient, where they are not finite, whether it leaves its
+# window open, and what it asks.
+_LOSS, _GRADIENT, _OPEN, _ASKED = 1, 2, 4, 8
 
 
 class Reducer:
@@ -39,6 +43,7 @@ class Reducer:
         ask: what this rank asks of all at the window's end (0: nothing), a small whole number.
         asked: what every rank asked at the last window's end.
         bad_ranks: on a device, a number for each rank, not 0 where its loss or gradient was not finite.
+        names: of the terms that have a place among what is summed.
         trace: of the last window; the sums of its gradient are counted in it.
     """
 
@@ -48,9 +53,10 @@ class Reducer:
         self._weigher = weigher
         self._device = device
         self._reads = device.type in FREE_READS
-        self._names: list[str] = [MEAN]
+        self.names: list[str] = [MEAN]
         self._sparse: set[str] = set()
         self._buckets: tuple[Any, Buckets] | None = None
+        self._begun: tuple[Opening, Trained] | None = None
         self._found = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)
         self._wrong: list[str] = []
@@ -61,10 +67,29 @@ class Reducer:
 
     def open(self, drawn: Sequence[Any] | None, expected: dict[str, float], parameters: Trained) -> Opening:
         """A window begins: what it weighs goes to the other ranks."""
-        layout = "\n".join([*self._layout(parameters), *self._names])
+        layout = "\n".join([*self._layout(parameters), *self.names])
         if self._settings.reduction == "sum":
             drawn = None  # then nothing is divided
-        return Opening(self._ranks, self._weigher, drawn, expected, self._settings.reduction, layout, self._device)
+        opening = Opening(self._ranks, self._weigher, drawn, expected, self._settings.reduction, layout, self._device)
+        self._begun = opening, parameters
+        return opening
+
+    def leave_open(self) -> None:
+        """Tell the other ranks, where they sum the window that was begun, that this rank stops inside it.
+
+        Raises Paused, here and there: every rank's window is as it was.
+        """
+        if self._begun is None:
+            raise GradientError("no window was begun, so there is none to leave open.")
+        opening, parameters = self._begun
+        opening.arrive()
+        layout = self._layout(parameters)
+        buckets = self._buckets_for(parameters, layout, [name for name in layout if name not in self._sparse])
+        slots = [0.0] * self._ranks.world_size
+        slots[self._ranks.rank] = _ASKED * self.ask() + float(_OPEN)
+        count = len(self.names)
+        facts = [0.0] * _FRONT + slots + [0.0] * (len(layout) + (FACTS + 2 * self._reads) * count)
+        self._told(buckets, facts, None if self._reads else torch.zeros_like(buckets.head), {})
 
     def close(self, window: OpenWindow, parameters: Trained, trace: Trace) -> None:
         """Sum the window over ranks: its gradients in `.grad`, its terms, its size, its verdict.
@@ -83,25 +108,19 @@ class Reducer:
         buckets = self._buckets_for(parameters, layout, dense)
         facts, sums = self._facts(window, local, gradients, layout)
         sent = {name: gradient for name, gradient in gradients.items() if gradient.layout is torch.strided}
-        host = torch.tensor(facts, dtype=torch.float64)
-        arrived = None
-        if self._reads:
-            buckets.head.copy_(host)
-        else:
-            arrived = self._ranks.sum_later(host)
-            buckets.head.copy_(self._on_device(window, gradients, sums))
-        buckets.send(self._ranks, sent)
+        on_device = None if self._reads else self._on_device(window, gradients, sums)
+        facts, head = self._told(buckets, facts, on_device, sent)
         self.trace.reductions += 1
-        head = buckets.receive_head()
-        if arrived is not None:
-            arrived()
-        facts = (head if self._reads else host).tolist()
+        buckets.send_whole(self._ranks, sent)
 
-        present, sparse = self._present(facts, layout)
-        summed = buckets.receive(sent, {name for name in dense if name in present})
+        start = _FRONT + self._ranks.world_size
+        found, sparse = present(facts[start : start + len(layout)], layout, self._ranks.world_size)
+        self._sparse |= sparse
+        summed = buckets.receive(sent, {name for name in dense if name in found})
         self.trace.extra_reductions = len(sparse)
         for name in sorted(sparse):
-            summed[name] = self._sum_sparse(parameters.by_name[name], gradients.get(name))
+            summed[name] = sum_sparse(self._ranks, parameters.by_name[name], gradients.get(name))
+            self.trace.reductions += 1
         for name, parameter in parameters.by_name.items():
             if name in summed:
                 parameter.grad = summed[name]
@@ -122,6 +141,28 @@ class Reducer:
         others = ", ".join(str(rank) for rank, _ in found[1:])
         return f"on rank {found[0][0]} {found[0][1]}{f' (and something on {others})' if others else ''}"
 
+    def _told(
+        self, buckets: Buckets, facts: list[float], on_device: Tensor | None, sent: Mapping[str, Tensor]
+    ) -> tuple[list[float], Tensor]:
+        """Send the buffers. Returns the sums of what stands in front: those on the host, and the head.
+
+        Raises Paused, on every rank, where one of them leaves its window open.
+        """
+        host = torch.tensor(facts, dtype=torch.float64)
+        arrived = None if on_device is None else self._ranks.sum_later(host)
+        buckets.head.copy_(host if on_device is None else on_device)
+        buckets.send(self._ranks, sent)
+        head = buckets.receive_head()
+        if arrived is not None:
+            arrived()
+        told = (head if on_device is None else host).tolist()
+        slots = [int(slot) for slot in told[_FRONT : _FRONT + self._ranks.world_size]]
+        self.asked = [slot // _ASKED for slot in slots]
+        if any(slot & _OPEN for slot in slots):
+            buckets.drop()
+            raise Paused
+        return told, head
+
     # What is sent.
 
     def _layout(self, parameters: Trained) -> list[str]:
@@ -129,9 +170,9 @@ class Reducer:
 
     def _buckets_for(self, parameters: Trained, layout: list[str], names: list[str]) -> Buckets:
         own = {name: parameters.by_name[name] for name in names}
-        key = (tuple(map(id, own.values())), len(self._names), len(layout))
+        key = (tuple(map(id, own.values())), len(self.names), len(layout))
         if self._buckets is None or self._buckets[0] != key:
-            count = len(self._names)
+            count = len(self.names)
             size = self._ranks.world_size + 2 * count
             if self._reads:
                 size += _FRONT + len(layout) + FACTS * count
@@ -142,19 +183,15 @@ class Reducer:
         self, window: OpenWindow, local: Mapping[str, TermFacts], gradients: dict[str, Tensor], layout: list[str]
     ) -> tuple[list[float], list[Number]]:
         """(numbers of the host, the terms' sums)."""
-        terms = [local.get(name, NOTHING) for name in self._names]
+        terms = [local.get(name, NOTHING) for name in self.names]
         slots = [0.0] * self._ranks.world_size
         slots[self._ranks.rank] = _ASKED * self.ask() + (self._bad(window, gradients) if self._reads else 0.0)
-        one = self._ranks.world_size + 1.0
-        present = [
-            0.0 if name not in gradients else 1.0 if gradients[name].layout is torch.strided else one for name in layout
-        ]
         sums: list[Number] = [number for term in terms for number in term[FACTS:]]
         facts = [
-            float(any(name not in self._names for name in local)),
+            float(any(name not in self.names for name in local)),
             *(float(count) for count in (window.micro_batches, window.rows, window.tokens)),
             *slots,
-            *present,
+            *marks(gradients, layout, self._ranks.world_size),
             *(float(fact) for term in terms for fact in term[:FACTS]),
         ]
         return (facts + [float(number) for number in sums] if self._reads else facts), sums
@@ -187,30 +224,13 @@ class Reducer:
 
     # What came.
 
-    def _present(self, facts: list[float], layout: list[str]) -> tuple[set[str], set[str]]:
-        """(parameters that any rank has a gradient of, those of them whose gradient is sparse)."""
-        one = self._ranks.world_size + 1
-        start = _FRONT + self._ranks.world_size
-        present, sparse = set(), set()
-        for name, count in zip(layout, facts[start : start + len(layout)], strict=True):
-            dense = count % one
-            if count:
-                present.add(name)
-            if count >= one:
-                sparse.add(name)
-                if dense:
-                    raise GradientError(f"the gradient of '{name}' is sparse on one rank and dense on another.")
-        self._sparse |= sparse
-        return present - sparse, sparse
-
     def _take(
         self, window: OpenWindow, opening: Opening, facts: list[float], head: Tensor, local: Mapping[str, TermFacts]
     ) -> list[str]:
         """Put the sums into the window. Returns the terms that any rank holds apart."""
-        world, count = self._ranks.world_size, len(self._names)
+        world, count = self._ranks.world_size, len(self.names)
         window.summed = summed = Summed((int(facts[1]), int(facts[2]), int(facts[3])))
         slots = [int(slot) for slot in facts[_FRONT : _FRONT + world]]
-        self.asked = [slot // _ASKED for slot in slots]
         if self._reads:
             window.losses_are_finite = not any(slot & _LOSS for slot in slots)
             sums: list[Number] = list(facts[-2 * count :])
@@ -223,11 +243,11 @@ class Reducer:
         told = facts[-FACTS * count :]
         terms = {
             name: TermFacts(*told[FACTS * i : FACTS * (i + 1)], *sums[2 * i : 2 * i + 2])
-            for i, name in enumerate(self._names)
+            for i, name in enumerate(self.names)
         }
         if facts[0]:
             terms = gathered(self._ranks, local)
-            self._names = [*terms, *(name for name in self._names if name not in terms and name != MEAN)]
+            self.names = [*terms, *(name for name in self.names if name not in terms and name != MEAN)]
         for name, term in terms.items():
             if term.seen:
                 settle(window, name, term, self._settings.reduction)
@@ -235,23 +255,6 @@ class Reducer:
         window.terms = {name: window.terms[name] for name in terms if name in window.terms}
         summed.leftover = leftover(window, terms)
         return [name for name, term in terms.items() if term.apart]
-
-    def _sum_sparse(self, parameter: Tensor, gradient: Tensor | None) -> Tensor:
-        if not self._reads:
-            raise GradientError(
-                "a gradient is sparse, and ranks on a device sum dense ones only: make the embedding with sparse=False."
-            )
-        if gradient is None:
-            gradient = torch.sparse_coo_tensor(
-                torch.zeros(1, 0, dtype=torch.int64),
-                torch.zeros(0, *parameter.shape[1:], dtype=gradient_dtype(parameter)),
-                parameter.shape,
-                check_invariants=False,
-            )
-        summed = gradient.detach().coalesce()
-        self._ranks.sum_later(summed)()
-        self.trace.reductions += 1
-        return summed.coalesce()
 
     def _sum_apart(self, sums: TermSum, parameters: Trained) -> None:
         """The gradient of a term that is held apart, by a sum of its own."""
@@ -268,6 +271,7 @@ class Reducer:
         buckets.send(self._ranks, own)
         self.trace.reductions += 1
         buckets.receive_head()
+        buckets.send_whole(self._ranks, own)
         sums.apart = buckets.receive(own, wanted)
 
 
