@@ -17,7 +17,7 @@ LAYERS = [
     ["gradient"],
     ["optim", "data", "activations", "diagnose", "step_state"],
     ["step", "modes", "device"],
-    ["evaluate", "checkpoint", "loggers", "diagnose.health", "summary", "due", "certificate"],
+    ["evaluate", "checkpoint", "loggers", "diagnose.health", "diagnose.per_sample", "summary", "due", "certificate"],
     ["feed", "held_out", "limits", "ranks_of_run"],
     ["loop"],
     ["config", "verbs"],

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from trainer.data import Split
     from trainer.data.windows import Window, windows
     from trainer.diagnose.graph import graph
+    from trainer.diagnose.per_sample import per_sample
     from trainer.errors import (
         CheckpointError,
         ConfigError,
@@ -40,6 +41,7 @@ _HOMES = {
     "supervised": "trainer.gradient.objective",
     "model_loss": "trainer.gradient.model_loss",
     "graph": "trainer.diagnose.graph",
+    "per_sample": "trainer.diagnose.per_sample",
     "Report": "trainer.gradient.report",
     "Certificate": "trainer.certificate.certificate",
     "Finding": "trainer.certificate.certificate",
@@ -77,6 +79,7 @@ __all__ = [
     "certify",
     "graph",
     "model_loss",
+    "per_sample",
     "supervised",
     "windows",
 ]

@@ -231,8 +231,9 @@ class Jobs:
                 code = verbs.check(config, door, **self.flags)
                 self.code = self.code or code
                 return float(code)
-            if self.verb == "graph":
-                return verbs.graph(config, door, **self.flags)
+            if self.verb in ("graph", "rows"):
+                looked: Callable[..., float] = getattr(verbs, self.verb)
+                return looked(config, door, **self.flags)
             if self.verb == "eval":
                 value = verbs.evaluate(config, door)
             else:

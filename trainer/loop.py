@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from trainer.step import Step
 if TYPE_CHECKING:
     from trainer.certificate import Certificate
     from trainer.diagnose.graph import Graph
+    from trainer.diagnose.per_sample import PerSample
 
 
 class Trainer:
@@ -126,6 +128,7 @@ class Trainer:
         self.state = RunState(model, self.step, self.settings, self.folder, self.config, parts)
         self.go_on: str | None = None
         self.last_report: Report | None = None
+        self._data = data
         origin = source_of(data, self.settings.data)
         source = dealt(placed(origin, self._device, dtype), origin, ranks)
         window = self.settings.gradient.accumulation_steps
@@ -198,6 +201,21 @@ class Trainer:
         with rng.preserved(), modes.in_train(self.model):
             micro_batch = next(self._feed.windows())[0]
             return graph(self.model, self.step.objective, micro_batch, every_node=every_node)
+
+    def largest_gradients(self, most: int = 20) -> "PerSample":
+        """The norm of every training row's gradient, and the rows with the largest (`trainer.per_sample`)."""
+        from trainer.diagnose.per_sample import per_sample
+
+        cut = replace(self.settings.data, shuffle=False, drop_last=False)
+        return per_sample(
+            self.model,
+            self.step.objective,
+            placed(source_of(self._data, cut), self._device, width(self.settings.precision)),
+            most=most,
+            parameters=self.step.parameters.by_name,
+            coefficients=self.settings.gradient.coefficients,
+            count_rows=self._of_gradient["count_rows"],
+        )
 
     def load(self, path: str | Path) -> None:
         """Put the parameters of a checkpoint, a `model.safetensors` or a run's folder into the model."""

@@ -72,6 +72,21 @@ def check(
     return 0 if certificate.passed else WrongGradientError.exit_code
 
 
+def rows(config: RunConfig, door: Door, most: int = 20, json: bool = False) -> float:
+    """Print the training rows with the largest gradients. Returns the largest norm."""
+    path = _checkpoint(config)
+    if path is None:
+        raise ConfigError("rows looks at the data with a trained model: give run=NAME, or init=PATH.")
+    trainer = build(config, door)
+    trainer.load(path)
+    found = trainer.largest_gradients(most)
+    if json:
+        sys.stdout.write(encode({"recipe": config.words.recipe, **found.as_dict()}) + "\n")
+    else:
+        sys.stdout.write(f"{config.words.recipe or 'rows'}: the rows with the largest gradients, by {path}\n{found}\n")
+    return found.largest[0].norm if found.largest else math.nan
+
+
 def graph(config: RunConfig, door: Door, out: Path | None = None, all: bool = False) -> float:
     """Draw the first micro-batch's graph, into a file or into the recipe's folder for TensorBoard too.
 

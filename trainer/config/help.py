@@ -15,11 +15,12 @@ VERBS = {
     "eval": "evaluate a checkpoint (init=PATH or run=NAME) or a fresh model",
     "check": "certify the gradient of one window before a run: what breaks it is named (exit code 6)",
     "graph": "draw the autograd graph of one forward: modules, shapes, bytes kept for backward, cuts",
+    "rows": "list the training rows with the largest gradients, where wrong labels gather (run=NAME or init=PATH)",
     "state": "look into a checkpoint and verify it (state PATH), or compare two bit for bit (state A B)",
     "recipes": "list the recipes with a line each",
 }
 
-FLAGS = {"check": ("json", "gradcheck", "meant"), "graph": ("out", "all")}
+FLAGS = {"check": ("json", "gradcheck", "meant"), "graph": ("out", "all"), "rows": ("most", "json")}
 """The words of a verb's own, beside those of Hydra."""
 
 _EXAMPLES = {
@@ -42,6 +43,7 @@ _EXAMPLES = {
         "trainer graph recipe=xor_mlp                                            # into outputs/xor_mlp/graph/",
         "trainer graph recipe=char_lm --out char_lm.dot",
     ),
+    "rows": ("trainer rows recipe=digits run=mine", "trainer rows recipe=digits init=model.safetensors --most 50"),
     "state": (
         "trainer state outputs/digits/mine                                       # all checkpoints of a run",
         "trainer state outputs/digits/mine/best                                  # one: its clocks, sizes, every byte",
@@ -90,6 +92,9 @@ def parser(verb: str | None) -> Parser:
             metavar="FUNCTION",
             help="a custom Function whose backward is another than the derivative on purpose (may be repeated)",
         )
+    if verb == "rows":
+        made.add_argument("--most", type=int, default=20, metavar="N", help="so many rows (20)")
+        made.add_argument("--json", action="store_true", help="for machines, in one line")
     if verb == "graph":
         made.add_argument("--out", type=Path, metavar="PATH", help="where to draw it: a name that ends in .svg or .dot")
         made.add_argument("--all", action="store_true", help="every node of the graph, and each repeat of a module")
