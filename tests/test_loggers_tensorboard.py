@@ -211,8 +211,13 @@ def test_a_chart_that_would_stay_empty_is_not_there(tmp_path: Path) -> None:
     board.step(report, 0.1)
     board.stop(logged.stop(1))
     titles = set(charts(tmp_path))
-    assert "gradient: norm" in titles
-    assert not titles & {"gradient: clip factor", "gradient: norm by parameter"}
+    assert "norm" in titles
+    assert not titles & {"clip factor", "norm by parameter", "noise scale, in rows", "the same by parameter"}
+    board = TensorBoard(tmp_path / "more")
+    board.start(logged.start(measured=("gradient/noise_scale", "update_ratio/")))
+    board.step(report, 0.1)
+    board.stop(logged.stop(1))
+    assert set(charts(tmp_path / "more")) - titles == {"noise scale, in rows", "the same by parameter"}
 
 
 def session(folder: Path) -> tuple[dict[str, Any], int | None]:

@@ -579,6 +579,17 @@ def test_the_gradients_of_sources(tmp_path) -> None:
         Trainer(model, objective, optimizer, data=Rows(), sources=lambda batch: "all", **QUIET)
 
 
+@tries("update_ratio")
+def test_the_update_ratio(tmp_path) -> None:
+    stop = made(folder=tmp_path, tensorboard=True, update_ratio=2, log_every=2)[0].fit()
+    found = EventAccumulator(str(tmp_path)).Reload()
+    for tag in ("optimizer/update_ratio", "update_ratio/weight"):
+        events = found.Scalars(tag)
+        assert [event.step for event in events] == [1, 2, 4]
+        assert all(0 < event.value < 1 for event in events)
+    assert stop.health[1].startswith("a step moves the parameters by ")
+
+
 @tries("audit")
 @pytest.mark.parametrize("audit", [True, False])
 def test_the_audit(tmp_path, capsys, audit) -> None:

@@ -165,7 +165,7 @@ class Trainer:
             "config": self.config,
             "device": str(self._device),
         }
-        who["history"] = self._health.history
+        who |= {"history": self._health.history, "measured": self._health.tags}
         start = summary.start(
             self.step, self._feed.source, self.settings, notes, resumed, self.state.evaluated_at, **who
         )

@@ -187,6 +187,9 @@ class DiagnoseSettings:
     audit: bool = setting(
         True, "name parameters that get no gradient or do not move, gradients that vanish or explode, graphs kept alive"
     )
+    update_ratio: int | None = setting(
+        None, "how far a step moves each parameter, over its norm, in one of so many windows (null: not at all)", ge=1
+    )
     noise_scale: int | None = setting(
         None, "estimate the gradient noise scale from one of so many windows (null: not at all)", ge=1
     )

@@ -11,6 +11,7 @@ from trainer.diagnose.retention import Retention
 from trainer.diagnose.skipped import Skipped
 from trainer.diagnose.sources import NameSources, SourceGradients
 from trainer.diagnose.terms import TermGradients
+from trainer.diagnose.update_ratio import UpdateRatio
 from trainer.diagnose.watch import Watch
 from trainer.errors import ConfigError, WrongGradientError
 from trainer.gradient.report import Report
@@ -36,6 +37,8 @@ def instruments(
             )
         chosen["noise_scale"] = noise_scale = NoiseScale(step, wanted.noise_scale)
         step.after_backward.append(noise_scale)
+    if wanted.update_ratio is not None:
+        chosen["update_ratio"] = UpdateRatio(step, wanted.update_ratio)
     if wanted.term_gradients is not None:
         chosen["term_gradients"] = TermGradients(step, wanted.term_gradients)
     if wanted.source_gradients is not None:
@@ -110,6 +113,11 @@ class Health:
         """The gradient norm of each layer so far, where it is kept."""
         history = self._instruments.get("history")
         return history if isinstance(history, History) else None
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """How the tags begin that the instruments measure."""
+        return tuple(tag for one in self._instruments.values() for tag in one.tags)
 
     def words(self) -> list[str]:
         """How the gradient did, for the run's end: a verdict, and a line for each trouble and each other thing.

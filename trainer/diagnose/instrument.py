@@ -15,7 +15,12 @@ class Instrument:
     """An instrument has of these seven what it needs. All that it says is a sentence, or a line of words.
 
     One that looks at micro-batches hangs itself on `Step.after_backward` as well.
+
+    Attributes:
+        tags: how the tags begin that it puts into `report.measured`; a chart of what nobody measures is not shown.
     """
+
+    tags: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """What can be said before the first step."""

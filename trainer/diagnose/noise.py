@@ -49,6 +49,8 @@ class NoiseScale(Instrument):
         every: one of so many windows is measured.
     """
 
+    tags = ("gradient/noise_scale",)
+
     def __init__(self, step: Any, every: int) -> None:
         self._step = step
         self._every = every

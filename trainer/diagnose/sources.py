@@ -45,6 +45,8 @@ class SourceGradients(Instrument):
     Raises ConfigError, in the first window, where a micro-batch names no source or too many.
     """
 
+    tags = ("sources/",)
+
     def __init__(self, step: Any, every: int, sources: NameSources | None = None) -> None:
         self.latest: Compared | None = None
         self._step = step

@@ -35,6 +35,8 @@ class TermGradients(Instrument):
     Raises ConfigError for an objective without named terms: at once where that can be told, else in the first window.
     """
 
+    tags = ("terms/",)
+
     def __init__(self, step: Any, every: int) -> None:
         if isinstance(step.objective, Supervised):
             raise _nameless(step.objective)

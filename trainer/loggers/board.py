@@ -10,12 +10,21 @@ CHARTS = {
         "loss: training against evaluation": ["loss/total", "eval/loss"],
         "evaluation: metrics": ["eval/(?!loss$).+"],
     },
-    "step": {
-        "gradient: norm": ["gradient/norm"],
-        "gradient: clip factor": ["gradient/clip_factor"],
-        "gradient: norm by parameter": ["gradient_norm/.+"],
-        "learning rate": ["optimizer/lr"],
+    "gradient": {
+        "norm": ["gradient/norm"],
+        "clip factor": ["gradient/clip_factor"],
         "windows skipped, values not finite": ["gradient/(skips|nonfinite)"],
+        "norm by parameter": ["gradient_norm/.+"],
+        "noise scale, in rows": ["gradient/noise_scale"],
+        "terms: norms": ["terms/.+/norm"],
+        "terms: cosines": ["terms/.+/cosine"],
+        "sources: norms": ["sources/.+/norm"],
+        "sources: cosines": ["sources/.+/cosine"],
+    },
+    "step": {
+        "learning rate": ["optimizer/lr"],
+        "change of the parameters over their norm": ["optimizer/update_ratio"],
+        "the same by parameter": ["update_ratio/.+"],
     },
     "cost": {
         "rows per second": ["time/rows_per_second"],
@@ -23,6 +32,11 @@ CHARTS = {
     },
 }
 """The custom charts: by category and title, the patterns of the tags in them."""
+OPTIONAL = (
+    "gradient/norm", "gradient/clip_factor", "gradient_norm/", "gradient/noise_scale", "terms/", "sources/",
+    "optimizer/update_ratio", "update_ratio/",
+)  # fmt: skip
+"""How the tags begin that not every run has."""
 
 # What a config says about a run's records rather than about what it learns.
 _NOT_LEARNING = {
@@ -133,10 +147,11 @@ def graph(new_event: Any, picture: Any) -> Any:
     return new_event(graph_def=found.SerializeToString())
 
 
-def layout(new_event: Any, step: int, without: Collection[str]) -> Any:
-    """The custom charts, but not those whose only tags begin with one of `without`: they would stay empty."""
+def layout(new_event: Any, step: int, there: Collection[str]) -> Any:
+    """The custom charts, but not those of OPTIONAL tags that are not in `there`: they would stay empty."""
     from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
+    without = tuple(tag for tag in OPTIONAL if tag not in there)
     categories = [
         layout_pb2.Category(
             title=title,
@@ -145,7 +160,7 @@ def layout(new_event: Any, step: int, without: Collection[str]) -> Any:
                     title=name, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags])
                 )
                 for name, tags in charts.items()
-                if not all(tag.startswith(tuple(without)) for tag in tags)
+                if not all(tag.startswith(without) for tag in tags)
             ],
         )
         for title, charts in CHARTS.items()

@@ -45,6 +45,8 @@ class Start:
     """The clock on TensorBoard's axis."""
     history: History | None = None
     """The gradient norm of each layer, which grows as the run goes on."""
+    measured: tuple[str, ...] = ()
+    """How the tags begin that instruments will put into `report.measured`."""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ class TensorBoard:
         self._has_layout = False
         self._events: dict[tuple[str, ...], tuple[Any, list[Any]]] = {}
         self._map: HeatMap | None = None
+        self._measured: tuple[str, ...] = ()
 
     def start(self, event: Start) -> None:
         self._close()
@@ -93,6 +94,7 @@ class TensorBoard:
         self._rate = Rate(event.clocks)
         self._memory = Memory(event.device)
         self._clocks_shown = set()
+        self._measured = event.measured
         self._map = None if event.history is None else HeatMap(event.history)
         self._has_layout = False
         self._has_session = bool(event.config)
@@ -138,10 +140,8 @@ class TensorBoard:
             for name, amount in self._memory.read().items():
                 scalars["memory/" + name] = amount
         if not self._has_layout:
-            missing = {"gradient/norm": norm is None, "gradient/clip_factor": factor is None}
-            missing["gradient_norm/"] = not self._wants_norms
-            without = [tag for tag, is_missing in missing.items() if is_missing]
-            self._add(board.layout(self._new_event, self._step_of(clocks), without))
+            there = {*scalars, *self._measured, *(["gradient_norm/"] if self._wants_norms else [])}
+            self._add(board.layout(self._new_event, self._step_of(clocks), there))
             self._has_layout = True
         self._write(self._step_of(clocks), scalars)
         if self._map is not None and self._map.is_due():
