@@ -3,8 +3,6 @@
 A mutant is known by its file, its function and what was changed; a line number would not last.
 """
 
-from mutants import Mutant
-
 _STORE = [
     "tests/test_store.py", "tests/faults/test_store_operations.py", "tests/test_disk.py", "tests/test_saving.py",
     "tests/faults/test_store_damage.py", "tests/test_manifest.py", "tests/test_init.py", "tests/test_finished.py",
@@ -34,9 +32,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
 }
 
 
-def why(mutant: Mutant) -> str | None:
-    """Why it lives: the reason given here; None where there is none."""
-    for (file, place, what), reason in EQUIVALENT.items():
-        if mutant.file.endswith(file) and mutant.place == place and mutant.what.startswith(what):
+def why(file: str, place: str, what: str) -> str | None:
+    """Why a mutant lives: the reason given here; None where there is none."""
+    for (of, inside, beginning), reason in EQUIVALENT.items():
+        if file.endswith(of) and place == inside and what.startswith(beginning):
             return reason
     return None

@@ -5,6 +5,7 @@ Rules: drop a statement, swap two neighbours, move a whole number by one, turn a
 """
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,15 @@ def mutants(file: str) -> list[Mutant]:
     """All that the rules make of a file."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     places = dict(_places(tree, "", None, False))
-    made = []
+    made, again = [], Counter[tuple[str, str]]()
     for number, node in enumerate(ast.walk(tree)):
         for change, (what, changed) in _changes(node).items():
             place, statement, is_inside = places[changed]
             if statement is not None:
-                more = "" if isinstance(changed, ast.stmt) else f" in `{_short(statement)}`"
-                made.append(Mutant(file, place, what + more, is_inside, _lines(statement), number, change))
+                what += "" if isinstance(changed, ast.stmt) else f" in `{_short(statement)}`"
+                again[place, what] += 1
+                what += f" ({again[place, what]})" if again[place, what] > 1 else ""
+                made.append(Mutant(file, place, what, is_inside, _lines(statement), number, change))
     return made
 
 

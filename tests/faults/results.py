@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from equivalent import why
+
 HERE = Path(__file__).parent
 KEPT, WRITTEN = HERE / "results.json", HERE / "RESULTS.md"
 INSIDE = ("in a save", "in an evaluation", "in an open window")
@@ -123,19 +125,19 @@ def mutants(found: dict[str, Any]) -> list[str]:
         "Made by rule (`tests/faults/mutants.py`): a statement dropped, two neighbours swapped, a number moved by one, "
         "a comparison, `and`, `+` or `not` turned. Each is tried with the tests that reach its line.",
         "",
-        "| file | made | tried | killed | alive | without a reason | took | tried |",
+        "| file | made | tried | killed | alive | without a reason | took | state |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for file, one in sorted(found.items()):
-        alive, bare = len(one["alive"]), sum(reason is None for *_, reason in one["alive"])
+        alive = len(one["alive"])
+        bare = sum(why(file, place, what) is None for place, _, what in one["alive"])
         lines.append(
             f"| {file} | {one['made']} | {one['killed'] + alive} | {one['killed']} | {alive} | {bare} | "
             f"{one['seconds']} s | {one['of']} |"
         )
     lines += ["", "Those that live, and why no test could kill them:", ""]
     for file, one in sorted(found.items()):
-        for place, number, what, reason in one["alive"]:
-            lines.append(
-                f"- {file}, {place or 'the file'}, line {number}: {what}. {reason or '**No reason is known.**'}"
-            )
+        for place, number, what in one["alive"]:
+            told = why(file, place, what) or "**No reason is known.**"
+            lines.append(f"- {file}, {place or 'the file'}, line {number}: {what}. {told}")
     return [*lines, ""]

@@ -41,7 +41,7 @@ def test_the_rules_make_what_they_say(tmp_path) -> None:
 @pytest.mark.parametrize("file", list(TARGETS))
 def test_each_reason_is_of_a_mutant_that_there_is(file) -> None:
     assert all((ROOT / test).exists() for test in TARGETS[file])
-    reasons = [why(mutant) for mutant in mutants(file)]
+    reasons = [why(mutant.file, mutant.place, mutant.what) for mutant in mutants(file)]
     for (of, place, what), reason in EQUIVALENT.items():
         if file.endswith(of):
             assert reason in reasons, f"{of}, {place}: {what} is no mutant any more"
