@@ -51,7 +51,10 @@ def mutants(file: str) -> list[Mutant]:
                 what += "" if isinstance(changed, ast.stmt) else f" in `{_short(statement)}`"
                 again[place, what] += 1
                 what += f" ({again[place, what]})" if again[place, what] > 1 else ""
-                made.append(Mutant(file, place, what, is_inside, _lines(statement), number, change))
+                first, last = _lines(statement)
+                if change[0] == "swap":
+                    first = getattr(node, change[1])[change[2] - 1].lineno
+                made.append(Mutant(file, place, what, is_inside, (first, last), number, change))
     return made
 
 
