@@ -1,7 +1,9 @@
 """What a save asks of the file system. That the order survives a crash is tests/faults/test_store_operations.py."""
 
+import contextlib
 import hashlib
 import os
+import shutil
 
 import pytest
 
@@ -9,7 +11,7 @@ from trainer.checkpoint import disk
 
 
 def test_pieces_of_any_size_come_out_in_order_with_their_length_and_hash(tmp_path) -> None:
-    large = os.urandom((1 << 20) + 3)
+    large, exact = os.urandom((1 << 20) + 3), os.urandom(1 << 20)
     small = [b"ab"] * 1000
     kinds = [
         [],
@@ -19,6 +21,9 @@ def test_pieces_of_any_size_come_out_in_order_with_their_length_and_hash(tmp_pat
         [large],
         [b"a", large, b"b"],
         [large, large],
+        [exact],
+        [b"a", exact, b"b"],
+        [b"a" * 700_000, b"b" * 700_000, exact, b"c"],
         small,
         [bytearray(b"x")],
     ]
@@ -87,3 +92,40 @@ def test_a_folder_is_removed_by_way_of_another_name(tmp_path) -> None:
 
 def test_the_room_that_is_left_is_told_also_for_a_folder_that_is_not_there(tmp_path) -> None:
     assert int(disk.free(tmp_path / "not" / "there")) > 0
+
+
+def test_the_room_is_that_of_the_nearest_folder_that_is_there(tmp_path, monkeypatch) -> None:
+    asked = []
+    real = shutil.disk_usage
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: (asked.append(folder), real(folder))[1])
+    disk.free(tmp_path)
+    disk.free(tmp_path / "a" / "b")
+    assert asked == [tmp_path, tmp_path]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts what is open by /proc")
+def test_nothing_is_left_open(tmp_path) -> None:
+    def pieces():
+        yield b"x"
+        raise LookupError
+
+    before = len(os.listdir("/proc/self/fd"))
+    disk.write(tmp_path / "file", [b"x"])
+    disk.sync_folder(tmp_path)
+    with pytest.raises(LookupError):
+        disk.write(tmp_path / "other", pieces())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["posix", "nt"])
+def test_only_on_windows_a_folder_that_cannot_be_opened_needs_no_sync(name, tmp_path, monkeypatch) -> None:
+    class Refuses:
+        def __getattr__(self, attribute):
+            return name if attribute == "name" else getattr(os, attribute)
+
+        def open(self, path, flags):
+            raise PermissionError(path)
+
+    monkeypatch.setattr(disk, "os", Refuses())
+    with contextlib.nullcontext() if name == "nt" else pytest.raises(PermissionError):
+        disk.sync_folder(tmp_path)

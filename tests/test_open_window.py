@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from trainer import ConfigError, Step, Sum, supervised
 from trainer.gradient.objective import Term
 from trainer.gradient.open_window import OpenWindow
+from trainer.gradient.opening import Summed
 from trainer.gradient.seeds import _SEEDS
+from trainer.gradient.term_sum import TermSum
 from trainer.gradient.weigher import Weigher
 from trainer.optim import Manual
 from trainer.settings import GradientSettings
@@ -144,6 +146,19 @@ def test_a_backward_that_writes_into_what_it_is_given_spoils_no_later_step() -> 
     assert torch.equal(found[0], found[2])
 
 
+class Over:
+    """Stands for what other ranks tell: every term weighs 40 over all of them, 5 in each micro-batch of this one."""
+
+    def __init__(self, tells: bool = True) -> None:
+        self.tells = tells
+
+    def divisor(self, name: str, weight: object, means: bool) -> tuple[float, bool]:
+        return 40.0, means
+
+    def here(self, name: str) -> list[float] | None:
+        return [5.0, 5.0] if self.tells else None
+
+
 def window(
     reduction: str = "mean", drawn: list[Tensor] | None = None, expected: dict[str, float] | None = None
 ) -> OpenWindow:
@@ -209,3 +224,98 @@ def test_join_takes_the_same_window_and_refuses_another() -> None:
     open_.join(None)
     with pytest.raises(ConfigError, match="while another is open"):
         open_.join(list(drawn))
+
+
+def over(drawn: list[Tensor] | None, declares: bool = True, tells: bool = True) -> OpenWindow:
+    weigher = Weigher(Declares() if declares else (lambda m, b: b))
+    return OpenWindow(GradientSettings(), weigher, drawn, {}, opening=Over(tells))
+
+
+class Declares:
+    def __call__(self, model: object, micro_batch: Tensor) -> Tensor:
+        return micro_batch
+
+    def weight(self, micro_batch: Tensor) -> float:
+        return 7.0
+
+
+def test_with_other_ranks_the_divisor_and_the_weights_are_what_they_told() -> None:
+    drawn = [torch.ones(3, 2), torch.ones(2, 2)]
+    open_ = over(drawn)
+    assert seeds(open_, drawn) == [5 / 40, 5 / 40]
+    assert open_.terms["loss"].exact
+    assert seeds(over(drawn, tells=False), drawn) == pytest.approx([7 / 40] * 2)
+    # A Sum comes out of the forward: its divisor is exact only where the objective told its weight before.
+    for declares in (True, False):
+        open_ = over(drawn, declares)
+        open_.seed(Term("loss", torch.ones(()), 2.0), drawn[0], alone=True)
+        assert open_.terms["loss"].exact is declares
+    # What the ranks came to counts from then on.
+    open_ = over(drawn)
+    seeds(open_, drawn)
+    open_.summed = Summed((9, 90, 900), leftover=3.0)
+    open_.terms["loss"].total = 100.0
+    assert (open_.leftover(), open_.size()) == (3.0, (9, 90, 900))
+    assert open_.means() == {"loss": 100 / 10}
+    open_.terms["loss"].weight = 0.0
+    assert math.isnan(open_.means()["loss"])
+
+
+def test_a_micro_batch_that_is_none_of_the_window_is_weighed_by_itself() -> None:
+    drawn = [torch.ones(3, 2), torch.ones(2, 2)]
+    open_ = window(drawn=drawn)
+    assert open_.seed(Term("loss", torch.ones(())), torch.ones(4, 2), alone=True).item() == pytest.approx(4 / 5)
+    assert seeds(window(drawn=drawn[:1]), [drawn[0], torch.ones(6, 2)]) == [3 / 3, 6 / 3]
+
+
+def test_the_divisor_of_a_sum_whose_weight_nobody_told() -> None:
+    def divisor(length: int, weight: float, expected: dict[str, float]) -> tuple[object, bool]:
+        open_ = window(drawn=[torch.ones(3, 2)] * length if length else None, expected=expected)
+        open_.seed(Term("loss", torch.ones(()), weight), torch.ones(3, 2), alone=True)
+        return open_.terms["loss"].divisor, open_.terms["loss"].exact
+
+    assert divisor(1, 3.0, {"loss": 100.0}) == (3.0, True)  # alone in its window it is the whole weight
+    assert divisor(4, 3.0, {"loss": 100.0}) == (16.0, False)  # as if all were like this one: 12
+    assert divisor(0, 3.0, {"loss": 100.0}) == (128.0, False)  # as the last window was
+
+
+def test_terms_held_apart_and_weights_that_lie_on_a_device() -> None:
+    open_ = window()
+    assert open_.held_apart() == []
+    open_.terms = {"a": TermSum(1.0, True, "a", 0.0), "b": TermSum(1.0, True, "b", 0.0, apart={"w": torch.ones(2)})}
+    open_.settle()
+    assert [gradient.tolist() for gradient in open_.held_apart()] == [[1.0, 1.0]]
+    assert [divisor for _, divisor in open_.apart()] == [1.0]
+    assert open_.weighs_nothing()
+    cpu = torch.device("cpu")
+    zero, three = torch.zeros(()), torch.tensor(3.0)
+    for first, second, nothing, flag in (
+        (0.0, 0.0, True, None),  # the host knows
+        (0.0, zero, False, 1.0),
+        (2.0, zero, False, None),
+        (0.0, three, False, 0.0),
+        (three, zero, False, 0.0),
+        (zero, zero, False, 1.0),
+    ):
+        open_.terms["a"].weight, open_.terms["b"].weight = first, second
+        open_.settle()
+        found = open_.weighs_nothing_on(cpu)
+        assert (open_.weighs_nothing(), None if found is None else found.item()) == (nothing, flag), (first, second)
+    # A weight of nothing on a device leaves nothing to divide by; another is divided by.
+    open_.terms["a"].weight = zero
+    assert float(open_.leftover_of(open_.terms["a"])) == 1.0
+    open_.terms["a"].weight, open_.terms["a"].divisor = three, 2.0
+    assert float(open_.leftover_of(open_.terms["a"])) == 1.5
+
+
+def test_a_window_is_restored_whole() -> None:
+    open_ = window()
+    open_.rows, open_.tokens, open_.micro_batches = 5, 70, 2
+    open_.terms = {"a": TermSum(2.0, False, "a", 3.0, [(0, math.nan, 1.0), (1, 2.0, 1.0)], apart={"w": torch.ones(2)})}
+    other = window()
+    other.load_state_dict(open_.state_dict())
+    assert (other.rows, other.tokens, other.micro_batches, other.entered) == (5, 70, 2, 2)
+    assert not other.losses_are_finite, "its gradient may well be"
+    assert not other.weighs_nothing()
+    assert len(other.held_apart()) == 1
+    assert repr(other.state_dict()) == repr(open_.state_dict())

@@ -170,6 +170,9 @@ def test_what_a_label_says_is_in_the_manifest(tmp_path) -> None:
     found = manifest.read(tmp_path / "state")
     assert (found.number, found.clocks, found.best, found.world) == (7, label.clocks, ("loss", 0.25), 2)
     assert found.version == trainer.__version__
+    store.save(tmp_path / "bare", {"a": torch.ones(3)})
+    bare = manifest.read(tmp_path / "bare")
+    assert (bare.number, bare.clocks, bare.best, bare.world) == (0, {}, None, 1)
     assert found.size == sum(
         path.stat().st_size for path in (tmp_path / "state").iterdir() if path.name != manifest.NAME
     )

@@ -29,6 +29,36 @@ TARGETS = {
 # (file, function, what) -> why. The text of a change may be given by its beginning.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("data/windows.py", "windows", "`iterator = iter(micro_batches)` before"): "Neither needs the other.",
+    ("checkpoint/disk.py", "write", "`handle = os.open("): "Neither needs the other.",
+    ("checkpoint/disk.py", "write", "`for start in range("): "Neither needs the other.",
+    ("checkpoint/disk.py", "digest", "`length += len(piece)` before"): "Neither needs the other.",
+    ("checkpoint/disk.py", "_together", "`if held and "): "The same bytes in the same order, cut into other calls.",
+    ("checkpoint/disk.py", "_together", "turned `len(held) >= _SMALL`"): "The same bytes, cut into other calls.",
+    ("checkpoint/disk.py", "", "1 became 2 in `_PIECE"): "Only how many bytes go into one call.",
+    ("checkpoint/disk.py", "", "24 became 25"): "Only how many bytes go into one call.",
+    ("checkpoint/disk.py", "", "1 became 2 in `_SMALL"): "Only which pieces are joined into one call.",
+    ("checkpoint/disk.py", "", "20 became 21"): "Only which pieces are joined into one call.",
+    ("checkpoint/disk.py", "", "0 became 1 in `_BINARY"): "1 is O_WRONLY, which is there already.",
+    (
+        "checkpoint/store.py",
+        "write",
+        "`if os.path.lexists(path)",
+    ): "Without the folder there is no checkpoint.",
+    ("checkpoint/store.py", "write", "`disk.begin(pending)` before"): "What was begun is cleared in any case.",
+    ("checkpoint/store.py", "load", "`tensors = "): "Neither needs the other; of two damaged files the other is named.",
+    ("gradient/open_window.py", "OpenWindow.settle", "`self._weighs_nothing = "): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow.held_apart", "dropped `if not"): "Only quicker: the list is empty.",
+    (
+        "gradient/open_window.py",
+        "OpenWindow.held_apart",
+        "dropped `return []`",
+    ): "Only quicker: the list is empty.",
+    ("gradient/open_window.py", "OpenWindow.held_apart", "`return ["): "Only quicker: the list is empty.",
+    ("gradient/open_window.py", "OpenWindow.weighs_nothing_on", "`if any("): "Both answer None.",
+    ("gradient/open_window.py", "OpenWindow.load_state_dict", "`self.rows = "): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow.load_state_dict", "`self.tokens = "): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow.load_state_dict", "`self.terms = "): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow.load_state_dict", "`self.losses_are_finite = "): "Neither needs the other.",
 }
 
 

@@ -42,7 +42,7 @@ def save(path: Path, state: Mapping[str, Any], label: Label | None = None) -> No
     write(path, nested.snapshot(state), label or Label())
 
 
-def write(path: Path, taken: nested.Snapshot, label: Label) -> Manifest:
+def write(path: Path, taken: nested.Snapshot, label: Label) -> None:
     """Write a snapshot as the checkpoint `path`: the whole of it is there afterwards, or nothing.
 
     Raises CheckpointError with the bytes that it needs and those that are free.
@@ -66,7 +66,6 @@ def write(path: Path, taken: nested.Snapshot, label: Label) -> Manifest:
         disk.write(pending / manifest.NAME, [written.encoded()])
         disk.sync_folder(pending)
         disk.move(pending, path)
-        return written
     except OSError as error:
         raise failed(path, error, taken.size) from None
     finally:
