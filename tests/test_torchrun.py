@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,57 @@ def test_a_sweep_is_refused_and_an_error_names_its_rank(capsys, monkeypatch, tmp
     assert main(["train", "recipe=xor"]) == 2
     assert capsys.readouterr().err.startswith("rank 1: there are 2 ranks")
     assert not list(tmp_path.iterdir())
+
+
+SCRIPT = """
+import os, sys, time
+if sys.argv[2] == "fails":
+    sys.exit(4 if os.environ["RANK"] == "1" else 0)
+import torch
+from trainer import Trainer
+from trainer.optim import sgd
+torch.manual_seed(0)
+def slow(model, batch):
+    time.sleep(0.01)
+    open(f"{sys.argv[1]}/going", "w").close()
+    return (model(batch[0]) - batch[1]).square().mean()
+model = torch.nn.Linear(3, 1)
+data = torch.randn(64, 3), torch.randn(64, 1)
+Trainer(model, slow, sgd(model.parameters(), lr=0.1), data=data, folder=f"{sys.argv[1]}/run", distributed="ddp", seed=1,
+        batch_size=1, accumulation_steps=16, epochs=1000, console=False, tensorboard=False, audit=False).fit("auto")
+"""
+
+
+def started(folder: Path, mode: str) -> subprocess.Popen:
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name not in TWO}
+    words = ["trainer.torchrun", "--nproc-per-node", "2", str(folder / "script.py"), str(folder), mode]
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_run_that_is_stopped_ends_with_75_where_this_package_starts_torchrun(tmp_path) -> None:
+    with started(tmp_path, "runs") as running:
+        end = time.monotonic() + 120
+        while not (tmp_path / "going").exists() and time.monotonic() < end and running.poll() is None:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        said = running.communicate(timeout=120)[0]
+    assert running.returncode == 75, said
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert (saved / "rank-00001.safetensors").exists()
+
+
+def test_the_exit_code_of_the_rank_that_failed_first_is_passed_on(tmp_path) -> None:
+    with started(tmp_path, "fails") as running:
+        said = running.communicate(timeout=120)[0]
+    assert running.returncode == 4, said
 
 
 def test_the_command_of_the_docs_trains_on_two_ranks(tmp_path) -> None:

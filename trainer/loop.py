@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trainer import modes, rng, summary
+from trainer import modes, rng, summary, torchrun
 from trainer.checkpoint.run_state import BEST, LAST, RunState
 from trainer.data.dealt import dealt
 from trainer.data.sources import source_of
@@ -175,6 +175,7 @@ class Trainer:
         except BaseException as error:
             self._give_up(error)
             if isinstance(error, Paused):
+                torchrun.tell_launcher()
                 raise Stopped(self._signals.reason) from None
             raise
         self._signals.end()
