@@ -39,6 +39,12 @@ def keep(kind: str, name: str, found: dict[str, Any]) -> None:
     KEPT.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def without_answer() -> dict[str, Any]:
+    """Of a row whose process ended by itself: its error is on the screen."""
+    none: dict[str, Any] = {name: {} for name in ("outcomes", "instants", "sizes")}
+    return none | {"told": [], "broken": ["it ended without an answer"], "full": None, "seconds": 0, "of": of()}
+
+
 def judge_instants(tally: Any) -> None:
     """At least half of the kills of a run strike after its second checkpoint, a quarter inside something that is saved
     open: the row says the shares, and is broken where they are less."""
