@@ -11,14 +11,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trainer"
 
 # From the lowest room up: a room may import from rooms below it and from its own, never from above.
+KEEPING = ["diagnose.capture", "diagnose.health", "diagnose.per_sample", "diagnose.replay"]
 LAYERS = [
     ["errors", "settings", "signals", "torchrun"],
     ["gradient.report", "gradient.clocks", "distributed", "kernels", "rng"],
     ["gradient"],
     ["optim", "data", "activations", "diagnose", "step_state"],
     ["step", "modes", "device"],
-    ["evaluate", "checkpoint", "loggers", "diagnose.health", "diagnose.per_sample", "summary", "due", "certificate"],
-    ["feed", "held_out", "limits", "ranks_of_run"],
+    ["evaluate", "checkpoint", "loggers", "summary", "due", "certificate", *KEEPING],
+    ["capturing", "feed", "held_out", "limits", "ranks_of_run"],
     ["loop"],
     ["config", "verbs"],
     ["cli"],

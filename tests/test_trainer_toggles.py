@@ -20,6 +20,7 @@ from trainer import CheckpointError, ConfigError, DataError, DivergedError, Sum,
 from trainer.checkpoint import contents, folder, store
 from trainer.checkpoint.folder import listed
 from trainer.data import order
+from trainer.diagnose.capture import captured
 from trainer.errors import GradientError, TrainerError, TrainerWarning
 from trainer.optim import sgd
 from trainer.settings import flat_names
@@ -588,6 +589,40 @@ def test_the_update_ratio(tmp_path) -> None:
         assert [event.step for event in events] == [1, 2, 4]
         assert all(0 < event.value < 1 for event in events)
     assert stop.health[1].startswith("a step moves the parameters by ")
+
+
+class Roots(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return (x * self.w).sqrt().sum(-1, keepdim=True)  # NaN where x is negative, as some row in each window is
+
+
+@tries("capture")
+@pytest.mark.parametrize(("capture", "count"), [("none", 0), ("nonfinite", 3), ("all", 3)])
+def test_captured_windows(tmp_path, capture, count) -> None:
+    model = Roots()
+    settings = {**QUIET, "batch_size": 6, "epochs": 5, "capture": capture, "folder": tmp_path}
+    Trainer(model, MSE, sgd(model.parameters(), lr=0.1), data=rows(6), **settings).fit()
+    assert len(captured(tmp_path)) == count
+
+
+@tries("capture_at", "capture_most", "capture_mib")
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        ({"capture_at": 3, "capture": "none"}, [3]),
+        ({"capture_most": 2, "nonfinite": "skip"}, [1, 2]),
+        ({"capture_mib": 1e-6}, []),
+    ],
+)
+def test_which_windows_are_captured(tmp_path, settings, windows) -> None:
+    model = nn.Linear(3, 1) if "capture_at" in settings else Roots()
+    settings = {**QUIET, "batch_size": 6, "epochs": 5, "folder": tmp_path, **settings}
+    Trainer(model, MSE, sgd(model.parameters(), lr=0.1), data=rows(6), **settings).fit()
+    assert [int(path.name.removeprefix("window-")) for path in captured(tmp_path)] == windows
 
 
 @tries("audit")

@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from trainer.certificate.entry import certify
     from trainer.data import Split
     from trainer.data.windows import Window, windows
+    from trainer.diagnose.capture import capture
     from trainer.diagnose.graph import graph
     from trainer.diagnose.per_sample import per_sample
+    from trainer.diagnose.replay import Replay, replay
     from trainer.errors import (
         CheckpointError,
         ConfigError,
@@ -42,6 +44,9 @@ _HOMES = {
     "model_loss": "trainer.gradient.model_loss",
     "graph": "trainer.diagnose.graph",
     "per_sample": "trainer.diagnose.per_sample",
+    "capture": "trainer.diagnose.capture",
+    "replay": "trainer.diagnose.replay",
+    "Replay": "trainer.diagnose.replay",
     "Report": "trainer.gradient.report",
     "Certificate": "trainer.certificate.certificate",
     "Finding": "trainer.certificate.certificate",
@@ -67,6 +72,7 @@ __all__ = [
     "Finding",
     "GradientError",
     "ObjectiveError",
+    "Replay",
     "Report",
     "Settings",
     "Split",
@@ -76,10 +82,12 @@ __all__ = [
     "TrainerError",
     "Window",
     "WrongGradientError",
+    "capture",
     "certify",
     "graph",
     "model_loss",
     "per_sample",
+    "replay",
     "supervised",
     "windows",
 ]

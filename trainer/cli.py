@@ -3,8 +3,6 @@
 A wrong word is one sentence on stderr and exit code 2, before torch is imported.
 """
 
-import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import torchrun
 from trainer.config import help
-from trainer.errors import CheckpointError, ConfigError, Stopped, TrainerError, TrainerWarning, did_you_mean
+from trainer.errors import ConfigError, Stopped, TrainerError, TrainerWarning, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 USERS_OWN = 1
-DIFFERENT = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,29 +104,14 @@ def _main(words: list[str]) -> int:
         print("\n".join(help.table(help.recipe_lines(options.config_dir))))
         return 0
     if verb == "state":
-        return _state(options.overrides, options.json)
+        from trainer.config import by_path
+
+        return by_path.state(options.overrides, options.json)
+    if verb == "replay" and options.overrides and "=" not in options.overrides[0]:
+        from trainer.config import by_path
+
+        return by_path.replay(options)
     return _with_hydra(verb, parser, options)
-
-
-def _state(words: list[str], as_json: bool) -> int:
-    """Look into one checkpoint, or compare two: 0 whole or equal, 1 they differ, 5 something is damaged."""
-    if len(words) not in (1, 2):
-        raise ConfigError("state looks into one checkpoint or compares two: give it one path or two.")
-    from trainer.checkpoint import compare, look
-
-    if len(words) == 2:
-        found = compare.compare(Path(words[0]), Path(words[1]))
-        apart = found.difference
-        if as_json:
-            print(json.dumps({"equal": apart is None, "difference": apart and dataclasses.asdict(apart)}))
-        else:
-            print(f"{found.what}: {apart}" if apart else f"{found.what}: equal, bit for bit")
-        return 0 if apart is None else DIFFERENT
-    seen = look.look(Path(words[0]))
-    print(json.dumps(seen.values) if as_json else "\n".join(seen.lines), end="\n" if as_json or seen.lines else "")
-    for sentence in seen.errors:
-        print(sentence, file=sys.stderr)
-    return CheckpointError.exit_code if seen.errors else 0
 
 
 def _with_hydra(verb: str, parser: Any, options: Any) -> int:
@@ -202,12 +184,11 @@ class Jobs:
 
     def _read(self, values: dict[str, Any]) -> tuple[Any, Any]:
         from trainer.config import build, catalogue, checks, schema
-        from trainer.config.door import Door
+        from trainer.config.door import Door, folders_of
 
         config = schema.read(values)
         checks.check(config, self.verb, catalogue.options("recipe", self.config_dir))
-        folders = (self.config_dir, self.config_dir / "recipe") if self.config_dir else ()
-        door = Door(config.words.trust, folders)
+        door = Door(config.words.trust, folders_of(self.config_dir))
         build.judge(config, door)
         return config, door
 
@@ -227,8 +208,8 @@ class Jobs:
             config, door = self._read(hydra_app.values(composed))
             from trainer import verbs
 
-            if self.verb == "check":
-                code = verbs.check(config, door, **self.flags)
+            if self.verb in ("check", "replay"):
+                code: int = getattr(verbs, self.verb)(config, door, **self.flags)
                 self.code = self.code or code
                 return float(code)
             if self.verb in ("graph", "rows"):
@@ -241,7 +222,7 @@ class Jobs:
                 if torchrun.is_first():
                     with lock.held(folder):  # a second run must not write over what the first one says of itself
                         record.write(folder, config.plain, [*_typed(), *overrides, *self._where], go_on)
-                value = verbs.train(config, door, folder, go_on)
+                value = verbs.train(config, door, folder, go_on, partial(self._again, config.words))
             if number is not None:
                 print(f"{prefix}{config.settings.best.metric} {value:g}", flush=True)
             return value
@@ -263,6 +244,12 @@ class Jobs:
         self.code = self.code or failed.code
         return failed
 
+    def _again(self, words: "Words", path: Path) -> str:
+        """The words that run a captured window again."""
+        trust = [f"trust=[{','.join(words.trust)}]"] if words.trust else []
+        command = "trainer" if "TRAINER_COMMAND" not in os.environ else f"{_near(Path(sys.executable))} -m trainer"
+        return f"{command} {shlex.join(['replay', path.as_posix(), *trust, *self._where])}"
+
     def _go_on(self, words: "Words", folder: Path, overrides: list[str]) -> str:
         """The words that go on with this run. Its folder is found by its name where it lies in its usual place."""
         usual = Path("outputs") / (words.recipe or "run")
@@ -270,6 +257,11 @@ class Jobs:
         if words.run is None:
             own.append(f"run={folder.name}" if folder.parent == usual else f"resume={folder.as_posix()}")
         return shlex.join([*_typed(), *own, *self._where])
+
+
+def _near(path: Path) -> str:
+    """A path as one would type it from here."""
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.as_posix()
 
 
 def _typed() -> list[str]:

@@ -19,7 +19,7 @@ class Placed:
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype | None) -> None:
         self.owns_order = source.owns_order
         self.cuts_rows = source.cuts_rows
-        self._source = source
+        self._source = self.placed_from = source
         self._device = device
         self._dtype = dtype
 

@@ -1,12 +1,15 @@
 """What a run draws: the windows of an epoch from its place on, and what to draw again when one is given up."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+from torch import Tensor
+
 from trainer import rng
 from trainer.checkpoint.run_state import RunState
-from trainer.data.dealt import Dealt, dealt_windows
+from trainer.data.dealt import Dealt, dealt_windows, whole_of
+from trainer.data.iterables import ListSource
 from trainer.data.sources import Source, TensorSource
 from trainer.data.windows import FullWindow, Window, windows
 from trainer.errors import DataError
@@ -44,6 +47,14 @@ class Feed:
         self._signals = signals
         self._rewind = rng.Rewind()
         self._marked = -1
+        self._marked_at = 0
+        self._draws = not isinstance(whole_of(source), TensorSource | ListSource)
+        self.window: Window | None = None
+        """The window that was drawn last."""
+        self.drawn: Callable[[Window], None] | None = None
+        """Called with each window before its step, where somebody set it."""
+        self.keeps_generators = False
+        """Whether `before_forward` will be asked, so that the generators are held once more where data draws too."""
         self._looked_at: list[int] = []
         self._is_full = False
         self._drawn_from: Iterator[Any] = iter(())
@@ -66,11 +77,16 @@ class Feed:
         window = self._first(batches)
         while window is not None:
             count += 1
+            self.window = window
+            if self.drawn is not None:
+                self.drawn(window)
             yield window
             self._mark()
             signals.waiting = True
             window = next(batches, None)
             signals.waiting = False
+            if self._draws and self.keeps_generators:
+                self._rewind.drawn()
         self._marked = -1
         if not count and not self._state.position:
             raise DataError("the data gave no micro-batch in a whole epoch: it is empty.")
@@ -85,16 +101,37 @@ class Feed:
             self._signals.waiting = True
             window = next(batches, None)
             self._signals.waiting = False
+            if self._draws and self.keeps_generators:
+                self._rewind.drawn()
         state.window_rng = None
         return window
 
     def _mark(self) -> None:
         self._rewind.mark()
         self._marked = self._clocks.windows
+        self._marked_at = self._clocks.micro_batches
 
     def is_at_end(self) -> bool:
         """Whether the epoch's micro-batches are all drawn, where the data tells their number."""
         return self._state.position == self.source.length()
+
+    def before_forward(self) -> tuple[dict[str, Any], list[str]]:
+        """The generators before the last window's first forward, and the names of those that nobody can tell."""
+        return self._rewind.before_forward()
+
+    def row_numbers(self, count: int) -> list[Tensor] | None:
+        """The rows of the data in the last window's micro-batches, where the trainer's own order tells them."""
+        source, rank, world_size = self.source, 0, 1
+        if isinstance(source, Dealt):
+            if source.lengths is not None:
+                return None
+            rank, world_size = source.rank, source.world_size
+        numbers = getattr(whole_of(source), "row_numbers", None)
+        if numbers is None:
+            return None
+        position = self._marked_at - self._state.epoch_began
+        own = numbers(self._state.order_seed, self._clocks.epochs, position)[rank::world_size][:count]
+        return list(own)
 
     def look(self) -> None:
         """Now and then: find out which generators windows draw from."""

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from trainer import modes, rng, summary, torchrun
+from trainer.capturing import Capturing
+from trainer.checkpoint import changes
 from trainer.checkpoint.run_state import BEST, LAST, RunState
 from trainer.data.dealt import dealt
 from trainer.data.sources import source_of
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from trainer.certificate import Certificate
     from trainer.diagnose.graph import Graph
     from trainer.diagnose.per_sample import PerSample
+    from trainer.diagnose.replay import Replay
 
 
 class Trainer:
@@ -133,6 +136,8 @@ class Trainer:
         source = dealt(placed(origin, self._device, dtype), origin, ranks)
         window = self.settings.gradient.accumulation_steps
         self._feed = Feed(source, window, self.state, self.step.clocks, self.step.weigher, self._signals)
+        made_from = changes.config_of(self.config, self.settings)
+        self.capturing = Capturing(self.step, self._feed, self.settings, made_from, self.folder, self._health.found)
 
     def fit(self, resume: str | Path = "never", accept: Collection[str] = ()) -> Stop:
         """Train until a limit is reached; called again, go on from where it stopped.
@@ -217,6 +222,16 @@ class Trainer:
             coefficients=self.settings.gradient.coefficients,
             count_rows=self._of_gradient["count_rows"],
         )
+
+    def replay(self) -> "Replay":
+        """Run the next window as it is configured here, and name what is not finite in it. Changes nothing."""
+        from trainer.diagnose.capture import capture
+        from trainer.diagnose.replay import replay
+
+        with rng.preserved(), modes.in_train(self.model):
+            window = next(self._feed.windows())
+            caught = capture(self.step, window, generators=rng.capture(), rows=self._feed.row_numbers(len(window)))
+            return replay(caught, self.model, self.step.objective, count_rows=self.step.weigher.count_rows)
 
     def load(self, path: str | Path) -> None:
         """Put the parameters of a checkpoint, a `model.safetensors` or a run's folder into the model."""
@@ -308,6 +323,7 @@ class Trainer:
         if paused:
             self._ranks.agree()
         self._signals.end()
+        self.capturing.raised(error)
         if not self.step.is_torn:
             if paused and self.step.is_open:
                 self._feed.keep_open()
@@ -326,6 +342,7 @@ class Trainer:
         """Tell the loggers, and stop a run that only skips. On a device it comes when the report is read anyway."""
         self._health.skip(report)
         self._loggers.skip(report)
+        self.capturing.skipped(report)
         most = self.settings.limits.skips_in_a_row
         if most is not None and int(self.step.skips_in_a_row) >= most:
             raise DivergedError(
@@ -334,9 +351,9 @@ class Trainer:
             )
 
     def _log(self, report: Report) -> None:
-        self._feed.look()
         if report._skipped is not True and report.skipped:
             self._skipped(report)
+        self._feed.look()
         self._health.look(report)
         self._loggers.look(self.step.parameters.by_name, report)
         self._loggers.step(report, self._limits.seconds)

@@ -104,12 +104,30 @@ class Rewind:
         self._drawn_from = list(self._generators)
         self._looked = {name: get() for name, (get, _) in self._generators.items()}
         self._held: dict[str, Any] = {}
+        self._drawn: dict[str, Any] = {}
         self._calls, self._next = 0, 1
 
     def mark(self) -> None:
         """A window begins."""
         if self._drawn_from:
-            self._held = {name: self._generators[name][0]() for name in self._drawn_from}
+            self._held = self._drawn = {name: self._generators[name][0]() for name in self._drawn_from}
+
+    def drawn(self) -> None:
+        """Its data is drawn and its first forward comes: what drawing may have moved is held once more."""
+        if self._drawn_from:
+            self._drawn = {name: self._generators[name][0]() for name in self._drawn_from}
+
+    def before_forward(self) -> tuple[dict[str, Any], list[str]]:
+        """All states (as `capture` has them) as they were before the window's first forward, and the names of those
+        that nobody can tell any more: generators that were drawn from for the first time since the last look."""
+        with preserved():
+            unknown = []
+            for name, (get, put_back) in self._generators.items():
+                if name in self._drawn:
+                    put_back(self._drawn[name])
+                elif not _same(get(), self._looked[name]):
+                    unknown.append(name)
+            return capture(), unknown
 
     def look(self) -> None:
         """Find out which generators were drawn from since the last look: at the 1st, 2nd, 4th, 8th, … call."""
@@ -120,6 +138,7 @@ class Rewind:
         now = {name: get() for name, (get, _) in self._generators.items()}
         self._drawn_from = [name for name, state in now.items() if not _same(state, self._looked[name])]
         self._held = {name: state for name, state in self._held.items() if name in self._drawn_from}
+        self._drawn = {name: state for name, state in self._drawn.items() if name in self._drawn_from}
         self._looked = now
 
     def back(self) -> None:

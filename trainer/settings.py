@@ -199,6 +199,14 @@ class DiagnoseSettings:
     source_gradients: int | None = setting(
         None, "the same of each source of the rows, which the micro-batches name (null: not at all)", ge=1
     )
+    capture: Literal["none", "nonfinite", "all"] = setting(
+        "nonfinite",
+        "windows captured for trainer replay: none; nonfinite: skipped because loss or gradient are not finite; all: "
+        "also where only fp16's loss scale overflowed",
+    )
+    capture_at: int | None = setting(None, "capture the window of this step as well (null: of none)", ge=1)
+    capture_most: int = setting(3, "windows that are captured in one run, the first ones", ge=1)
+    capture_mib: float = setting(512.0, "MiB that one captured window may take on the disk", gt=0)
 
 
 @dataclass(frozen=True, config=_STRICT)

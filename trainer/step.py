@@ -87,6 +87,7 @@ class Step:
         self._updates = [Update(one, self._narrow) for one in self.optimizers]
         self.parameters = Trained(model, self.optimizers, self._narrow)
         self._segments = segments_for(model, activation_checkpointing)
+        self.precision = precision
         check_precision(precision, self.parameters.by_name)
         self.device = next(iter(self.parameters.by_name.values())).device
         self._autocast = autocast(precision, self.device.type)

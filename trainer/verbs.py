@@ -2,12 +2,15 @@
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from json import dumps as encode
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer import torchrun
-from trainer.config.build import build
+from trainer.config.build import build, model_and_objective
 from trainer.config.door import Door
 from trainer.config.schema import RunConfig
 from trainer.distributed.launch import joined
@@ -16,13 +19,21 @@ from trainer.errors import ConfigError, WrongGradientError
 from trainer.loggers.files import make_folder
 from trainer.loggers.tensorboard import write_graph
 
+if TYPE_CHECKING:
+    from trainer.diagnose.capture import Captured
+    from trainer.diagnose.replay import Replay
 
-def train(config: RunConfig, door: Door, folder: Path, go_on: str) -> float:
-    """Train into the folder; `go_on` are the words that go on with it. Returns the metric that `best` names."""
+
+def train(config: RunConfig, door: Door, folder: Path, go_on: str, again: Callable[[Path], str]) -> float:
+    """Train into the folder; `go_on` are the words that go on with it, `again` those that run a captured window again.
+
+    Returns the metric that `best` names.
+    """
     words = config.words
     with _ranks(config) as ranks:
         trainer = build(config, door, Path(ranks.gather(folder.as_posix())[0]))
         trainer.go_on = go_on
+        trainer.capturing.words = again
         if words.init is not None:
             trainer.load(words.init)
         resume = words.resume or ("auto" if words.run is not None else "never")
@@ -103,6 +114,43 @@ def graph(config: RunConfig, door: Door, out: Path | None = None, all: bool = Fa
         write_graph(folder, drawn.picture)
         sys.stdout.write(f"  {path}\n  and for TensorBoard's GRAPHS tab: tensorboard --logdir {folder.as_posix()}\n")
     return float(len(drawn.picture.boxes))
+
+
+def replay(config: RunConfig, door: Door, json: bool = False) -> int:
+    """Run the configured run's next window, or the first one that a run with this name has caught, and print what is
+    not finite in it. Returns the exit code: 0 where all is finite, else that of a run that diverged."""
+    from trainer.diagnose import capture
+
+    words = config.words
+    folder = Path("outputs") / (words.recipe or "run") / words.run if words.run is not None else None
+    if folder is not None and words.init is None and capture.captured(folder):
+        return again(capture.load(folder), config, door, json)
+    path = _checkpoint(config)
+    with _ranks(config):
+        trainer = build(config, door)
+        if path is not None:
+            trainer.load(path)
+        return _told(trainer.replay(), json)
+
+
+def again(caught: "Captured", config: RunConfig, door: Door, json: bool = False) -> int:
+    """Run a captured window again with the model and the objective of a config. Prints and returns the same."""
+    from trainer import rng
+    from trainer.diagnose.replay import replay
+
+    settings = config.settings
+    caught = replace(caught, precision=settings.precision, gradient=asdict(settings.gradient))
+    if settings.precision != "fp16":
+        caught = replace(caught, loss_scale=1.0)
+    with rng.preserved():
+        model, objective = model_and_objective(config, door)
+        return _told(replay(caught, model, objective), json)
+
+
+def _told(found: "Replay", json: bool) -> int:
+    if torchrun.is_first():
+        sys.stdout.write(f"{encode(found.as_dict()) if json else found}\n")
+    return found.exit_code
 
 
 def _ranks(config: RunConfig) -> AbstractContextManager[Ranks]:

@@ -14,7 +14,7 @@ from trainer.settings import Settings
 # What may change while a run is stopped: when it ends, what is written and looked at, and words about it. The seed is
 # among them because a run that goes on keeps its own, with its order and its generators.
 SAFE = (
-    "limits", "loggers", "checkpoint", "evaluation", "metrics", "audit", "device", "seed", "check", "ranks",
+    "limits", "loggers", "checkpoint", "evaluation", "metrics", "diagnose", "device", "seed", "check", "ranks",
     "data.timeout", "data.evaluation_batch_size",
     "recipe", "description", "run", "resume", "accept", "init", "trust",
 )  # fmt: skip

@@ -15,6 +15,8 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
+CAPTURED = "captured"
+"""Windows that were captured (`trainer.diagnose.capture`), each stored as a checkpoint is."""
 _NAME = re.compile(r"step-(\d{6,})(-\d+)?")
 # What a save or a removal that was cut off leaves: the process that made it is in the name.
 _LEFT = re.compile(r"\..+\.\d+\.(part|gone)")
@@ -32,7 +34,7 @@ class Listed:
 def listed(run: Path) -> list[Listed]:
     """The checkpoints of a run's folder, the oldest first; before them those whose manifest cannot be read."""
     found = []
-    for path in _inside(run / CHECKPOINTS):
+    for path in inside(run / CHECKPOINTS):
         if _NAME.fullmatch(path.name) and path.is_dir():
             try:
                 found.append(Listed(path, manifest.read(path)))
@@ -41,7 +43,7 @@ def listed(run: Path) -> list[Listed]:
     return sorted(found, key=lambda one: (one.manifest.number if one.manifest else -1, one.path.name))
 
 
-def _inside(folder: Path) -> list[Path]:
+def inside(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -93,24 +95,32 @@ def found(path: Path) -> Path:
 
 def unused(run: Path, steps: int) -> Path:
     """A path for the next checkpoint at this step."""
-    path = run / CHECKPOINTS / f"step-{steps:06d}"
+    return unused_in(run / CHECKPOINTS, f"step-{steps:06d}")
+
+
+def unused_in(folder: Path, name: str) -> Path:
+    """A path in the folder: the name, or with -2, -3, … behind it where it is taken."""
+    path = folder / name
     count = 1
     while os.path.lexists(path):
         count += 1
-        path = path.with_name(f"step-{steps:06d}-{count}")
+        path = folder / f"{name}-{count}"
     return path
 
 
 def put_aside(run: Path) -> bool:
-    """Rename `checkpoints/` to `checkpoints.previous`, or -2, -3, … behind it. Whether there was anything in it."""
-    if not _inside(run / CHECKPOINTS):
+    """Rename `checkpoints/` to `checkpoints.previous`, or -2, -3, … behind it, and `captured/` in the same way.
+
+    Returns whether there was a checkpoint.
+    """
+    _put_aside(run, CAPTURED)
+    return _put_aside(run, CHECKPOINTS)
+
+
+def _put_aside(run: Path, name: str) -> bool:
+    if not inside(run / name):
         return False
-    path = run / f"{CHECKPOINTS}.previous"
-    count = 1
-    while os.path.lexists(path):
-        count += 1
-        path = path.with_name(f"{CHECKPOINTS}.previous-{count}")
-    (run / CHECKPOINTS).rename(path)
+    (run / name).rename(unused_in(run, f"{name}.previous"))
     disk.sync_folder(run)
     return True
 
@@ -162,7 +172,7 @@ def sweep(run: Path) -> list[Path]:
     a checkpoint's files is inside.
     """
     removed = []
-    for path in [*_inside(run), *_inside(run / CHECKPOINTS)]:
+    for path in [*inside(run), *inside(run / CHECKPOINTS), *inside(run / CAPTURED)]:
         if not _LEFT.fullmatch(path.name) or path.is_symlink():
             continue
         try:

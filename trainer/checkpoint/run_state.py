@@ -192,6 +192,8 @@ class RunState:
         if not state:
             try:
                 state = store.load(path, ranks.rank or None)
+                if "holds" in state:
+                    raise CheckpointError(f"{path} is a {state['holds']} and no checkpoint: name one of checkpoints/.")
             except CheckpointError as error:
                 said = error
         for found in ranks.gather(said):
@@ -266,7 +268,7 @@ class RunState:
         """What lies in the folder."""
         if self._folder is None:
             return {}
-        names = {"model": finished.MODEL, "metrics": "metrics.jsonl"}
+        names = {"model": finished.MODEL, "metrics": "metrics.jsonl", "captured": folder.CAPTURED}
         files = {what: self._folder / name for what, name in names.items() if (self._folder / name).exists()}
         for what, path in (("checkpoint", folder.last(self._folder)), ("best", folder.best(self._folder))):
             if path is not None:

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,22 +49,12 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
         folder: where the run writes; None writes nothing.
     """
 
-    from trainer import kernels, rng
+    from trainer import kernels
     from trainer.loop import Trainer
     from trainer.optim.groups import parameter_groups
 
-    judge(config, door)
     settings = config.settings
-    if settings.seed is not None:
-        rng.seed_all(settings.seed)
-    made = {key: (node, kind) for node, key, kind in places(config)}
-
-    def make(key: str, *first: Any) -> Any:
-        if key not in made:
-            return None
-        node, kind = made[key]
-        return door.make(node, key, kind, *first)
-
+    make = _maker(config, door)
     model = make("model")
     objective = make("objective")
     train, evaluation = split(make("data.source"))
@@ -88,6 +78,38 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
         settings=settings,
         config=dict(config.plain),
     )
+
+
+def model_and_objective(config: RunConfig, door: Door) -> tuple[Any, Any]:
+    """Only these two, made as `build` makes them; the model where it computes, in its precision."""
+    from torch import nn
+
+    from trainer.device import device_of
+    from trainer.gradient.precision import width
+
+    make = _maker(config, door)
+    model, objective = make("model"), make("objective")
+    if isinstance(model, nn.Module):
+        model.to(device_of(config.settings.device, model), width(config.settings.precision))
+    return model, objective
+
+
+def _maker(config: RunConfig, door: Door) -> Callable[..., Any]:
+    """What makes the node of a key, None where it has none. The generators are seeded, as `seed` says."""
+    from trainer import rng
+
+    judge(config, door)
+    if config.settings.seed is not None:
+        rng.seed_all(config.settings.seed)
+    made = {key: (node, kind) for node, key, kind in places(config)}
+
+    def make(key: str, *first: Any) -> Any:
+        if key not in made:
+            return None
+        node, kind = made[key]
+        return door.make(node, key, kind, *first)
+
+    return make
 
 
 def split(source: Any) -> tuple[Any, Any]:

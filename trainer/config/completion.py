@@ -123,11 +123,20 @@ def _candidates(before: Sequence[str], current: str) -> list[Word]:
         return [(flag, str(action.help)) for action in help.parser(verb)._actions for flag in action.option_strings]
     if verb in ("recipes", "state"):
         return []
+    caught = _caught(before, current) if verb == "replay" else []
     folder, overrides = _read(before[1:])
     key, equals, _ = current.partition("=")
     if equals:
         return [(f"{key}={value}", said) for value, said in _values(key, overrides, folder)]
-    return list(_keys(key, overrides, folder))
+    return [*caught, *(() if caught and current else _keys(key, overrides, folder))]
+
+
+def _caught(before: Sequence[str], current: str) -> list[Word]:
+    """The windows that the runs below here have caught: the first word of `replay`, where it is no setting."""
+    if len(before) > 1 or "=" in current:
+        return []
+    found = sorted(Path("outputs").glob("*/*/captured/window-*"))
+    return [(path.as_posix(), "a captured window") for path in found if path.as_posix().startswith(current)]
 
 
 def _read(words: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -58,6 +58,11 @@ KINDS = {
 """The kinds of places. `argument` is a `_target_` inside another one's arguments; `other` takes nothing of torch."""
 
 
+def folders_of(config_dir: Path | None) -> tuple[Path, ...]:
+    """The recipe's own folders, whose modules are trusted."""
+    return (config_dir, config_dir / "recipe") if config_dir is not None else ()
+
+
 class Door:
     """Finds and calls what a config names.
 

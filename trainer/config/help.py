@@ -16,12 +16,20 @@ VERBS = {
     "check": "certify the gradient of one window before a run: what breaks it is named (exit code 6)",
     "graph": "draw the autograd graph of one forward: modules, shapes, bytes kept for backward, cuts",
     "rows": "list the training rows with the largest gradients, where wrong labels gather (run=NAME or init=PATH)",
+    "replay": "run a captured window again (replay PATH), or the next one: what made a number not finite (exit code 4)",
     "state": "look into a checkpoint and verify it (state PATH), or compare two bit for bit (state A B)",
     "recipes": "list the recipes with a line each",
 }
 
-FLAGS = {"check": ("json", "gradcheck", "meant"), "graph": ("out", "all"), "rows": ("most", "json")}
+FLAGS = {
+    "check": ("json", "gradcheck", "meant"),
+    "replay": ("json",),
+    "graph": ("out", "all"),
+    "rows": ("most", "json"),
+}
 """The words of a verb's own, beside those of Hydra."""
+
+_WORDS = {"state": "PATH [PATH]", "replay": "[PATH] [overrides]"}
 
 _EXAMPLES = {
     "train": (
@@ -44,6 +52,12 @@ _EXAMPLES = {
         "trainer graph recipe=char_lm --out char_lm.dot",
     ),
     "rows": ("trainer rows recipe=digits run=mine", "trainer rows recipe=digits init=model.safetensors --most 50"),
+    "replay": (
+        "trainer replay outputs/digits/mine/captured/window-000018               # one that a run has kept",
+        "trainer replay outputs/digits/mine                                      # the first that it has kept",
+        "trainer replay outputs/digits/mine precision=fp32                       # would it be finite so?",
+        "trainer replay recipe=digits optimizer.lr=1e3                           # the run's first window",
+    ),
     "state": (
         "trainer state outputs/digits/mine                                       # all checkpoints of a run",
         "trainer state outputs/digits/mine/best                                  # one: its clocks, sizes, every byte",
@@ -78,8 +92,10 @@ def parser(verb: str | None) -> Parser:
     )
     if verb == "recipes":
         return made
+    if verb in ("check", "replay"):
+        what = "the certificate" if verb == "check" else "what was found"
+        made.add_argument("--json", action="store_true", help=f"{what} for machines, in one line")
     if verb == "check":
-        made.add_argument("--json", action="store_true", help="the certificate for machines, in one line")
         made.add_argument(
             "--gradcheck",
             action="append",
@@ -146,7 +162,7 @@ def about(verb: str, config_dir: Path | None) -> str:
     text = [
         f"trainer {verb}: {VERBS[verb]}",
         "",
-        f"usage: trainer {verb} {'PATH [PATH]' if verb == 'state' else '[overrides]'} [flags]",
+        f"usage: trainer {verb} {_WORDS.get(verb, '[overrides]')} [flags]",
         *(f"  {example}" for example in _EXAMPLES[verb]),
         "",
         *_section("flags", flags),

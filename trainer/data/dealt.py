@@ -41,6 +41,7 @@ class Dealt:
         self.whole = whole
         self.cuts_rows = whole.cuts_rows
         self.world_size = ranks.world_size
+        self.rank = ranks.rank
         self._deal = (ranks.rank, ranks.world_size)
         self.lengths: list[int] | None = None
         """Where the data is split by its own sampler: how many micro-batches each rank has."""
@@ -109,6 +110,12 @@ class Dealt:
 def dealt(whole: Source, origin: Source, ranks: Ranks) -> Source | Dealt:
     """The source itself, or this rank's part of it where there are others."""
     return whole if ranks.world_size == 1 else Dealt(whole, origin, ranks)
+
+
+def whole_of(source: Source | Dealt) -> Any:
+    """The data itself, whatever deals it and places it on a device."""
+    whole: Any = source.whole if isinstance(source, Dealt) else source
+    return getattr(whole, "placed_from", whole)
 
 
 def dealt_windows(batches: Iterator[Any], accumulation_steps: int, kind: type[Window] = Window) -> Iterator[Window]:

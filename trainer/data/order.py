@@ -34,3 +34,14 @@ def order(seed: int, epoch: int, position: int, rows: int, shuffle: bool = True)
         return torch.arange(position, rows)
     permutation = torch.randperm(rows, generator=torch.Generator().manual_seed(mixed(seed, epoch)))
     return permutation[position:] if position else permutation
+
+
+def cut_rows(
+    rows: int, used: int, batch_size: int, shuffle: bool, seed: int, epoch: int, position: int
+) -> tuple[Tensor, ...]:
+    """The rows of each micro-batch of an epoch from the micro-batch `position` on; `used` of them come in an epoch."""
+    start = position * batch_size
+    if start >= used:
+        return ()
+    own: tuple[Tensor, ...] = order(seed, epoch, start, rows, shuffle)[: used - start].split(batch_size)
+    return own

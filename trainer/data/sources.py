@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from trainer import rng
 from trainer.data.items import collate_of, of_epoch
 from trainer.data.iterables import IterableSource, ListSource, PositionedSource, iterable_source
-from trainer.data.order import mixed, order
+from trainer.data.order import cut_rows, mixed, order
 from trainer.data.workers import PATIENCE, deaf, watched
 from trainer.errors import ConfigError, DataError
 from trainer.settings import DataSettings
@@ -91,12 +91,12 @@ class TensorSource:
 
     def dealt(self, seed: int, epoch: int, position: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, ...]]:
         """The same, of every `world_size` micro-batches in a row the `rank`-th."""
-        start = position * self._batch_size
-        if start >= self._rows:
-            return iter(())
-        rows = order(seed, epoch, start, self.rows, self._shuffle)[: self._rows - start]
-        own = rows.split(self._batch_size)[rank::world_size]
+        own = self.row_numbers(seed, epoch, position)[rank::world_size]
         return self._piecewise(torch.cat(own)) if own else iter(())
+
+    def row_numbers(self, seed: int, epoch: int, position: int) -> tuple[Tensor, ...]:
+        """Which rows of the data the epoch's micro-batches from `position` on hold."""
+        return cut_rows(self.rows, self._rows, self._batch_size, self._shuffle, seed, epoch, position)
 
     def _piecewise(self, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         for piece in rows.split(self._piece):
@@ -154,14 +154,13 @@ class DatasetSource:
 
     def dealt(self, seed: int, epoch: int, position: int, rank: int, world_size: int) -> Iterator[Any]:
         """The same, of every `world_size` micro-batches in a row the `rank`-th."""
-        start = position * self._batch_size
-        if start >= self._rows:
+        own = self.row_numbers(seed, epoch, position)[rank::world_size]
+        if not own:
             return iter(())
-        rows = order(seed, epoch, start, self._total, self._shuffle)[: self._rows - start]
         # The loader draws its workers' seeds from a generator: given one, it leaves the global RNG alone.
         generator = torch.Generator()
         generator.manual_seed(mixed(seed, epoch, 1))
-        batches = [batch.tolist() for batch in rows.split(self._batch_size)[rank::world_size]]
+        batches = [batch.tolist() for batch in own]
         workers = self._settings.workers
         dataset = of_epoch(self._dataset, seed, epoch)
         if len(dataset) != self._total:
@@ -183,6 +182,10 @@ class DatasetSource:
             worker_init_fn=deaf,
         )
         return watched(loader, self._settings.timeout)
+
+    def row_numbers(self, seed: int, epoch: int, position: int) -> tuple[Tensor, ...]:
+        """Which items the epoch's micro-batches from `position` on hold."""
+        return cut_rows(self._total, self._rows, self._batch_size, self._shuffle, seed, epoch, position)
 
 
 class _Seeded(Dataset[Any]):

@@ -88,7 +88,7 @@ class Health:
                 raise WrongGradientError(
                     f"{certificate.verdict()} Nothing was trained; trainer check shows the figures."
                 )
-            self._found(certificate.verdict())
+            self.found(certificate.verdict())
             return step(window, *others)
 
         self.step = checked
@@ -101,7 +101,7 @@ class Health:
         """Now and then, when a report is read anyway."""
         for one in self._instruments.values():
             for finding in one.look(self._step.parameters.by_name, report):
-                self._found(finding)
+                self.found(finding)
 
     def skip(self, report: Report) -> None:
         """A window was skipped."""
@@ -151,7 +151,8 @@ class Health:
 
     def _trouble(self, word: str, text: str) -> None:
         self._seen.append((word, text.rstrip(".")))
-        self._found(text)
+        self.found(text)
 
-    def _found(self, text: str) -> None:
+    def found(self, text: str) -> None:
+        """A sentence for whoever reads the run's output."""
         self._tell(Found(text, self._step.clocks.as_dict()))

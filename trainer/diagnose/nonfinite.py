@@ -141,13 +141,14 @@ def _first(suspect: Suspect) -> tuple[Culprit | None, bool]:
             with suspect.around(), trace:
                 answer = suspect.objective(suspect.model, suspect.micro_batch)
             draws = drawn()
+            terms, seeds = suspect.roots(answer)
+            wrong = next((term.value for term in terms if level(term.value) != FINITE), None)
+            if wrong is None:
+                return _of_backward(suspect, trace, [term.value for term in terms], seeds), draws
+            counted = {id(tensor) for _, _, tensor in _given(suspect)}
+            return _of_forward(suspect, in_forward(trace.seen, wrong, counted)), draws
     finally:
-        buffers.put_back()
-    terms, seeds = suspect.roots(answer)
-    wrong = next((term.value for term in terms if level(term.value) != FINITE), None)
-    if wrong is None:
-        return _of_backward(suspect, trace, [term.value for term in terms], seeds), draws
-    return _of_forward(suspect, in_forward(trace.seen, wrong, {id(one) for _, _, one in _given(suspect)})), draws
+        buffers.put_back()  # not before backward, which may have saved them
 
 
 class _Looking(Trace):

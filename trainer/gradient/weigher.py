@@ -27,14 +27,14 @@ class Weigher:
         self._full: Callable[[Any], Number] | None = getattr(objective, "full_weight", None)
         self._tokens: Callable[[Any], int] | None = getattr(objective, "tokens", None)
         self.counts_tokens = self._tokens is not None
-        self._count_rows = count_rows
+        self.count_rows = count_rows
         self.declares = self._declared is not None
         self.names_weights = False
         """Whether the objective tells a weight for each term by name, seen once it was asked."""
 
     def rows(self, micro_batch: Any) -> int:
-        if self._count_rows is not None:
-            return int(self._count_rows(micro_batch))
+        if self.count_rows is not None:
+            return int(self.count_rows(micro_batch))
         tensor = micro_batch[0] if type(micro_batch) is tuple else None
         if type(tensor) is not Tensor:
             tensor = first_tensor(micro_batch)
