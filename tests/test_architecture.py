@@ -19,7 +19,7 @@ LAYERS = [
     ["optim", "data", "activations", "diagnose", "step_state"],
     ["step", "modes", "device"],
     ["evaluate", "checkpoint", "loggers", "summary", "due", "certificate", *KEEPING],
-    ["capturing", "feed", "held_out", "limits", "ranks_of_run"],
+    ["asked", "capturing", "feed", "held_out", "limits", "ranks_of_run"],
     ["loop"],
     ["config", "verbs"],
     ["cli"],

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from trainer import modes, rng, summary, torchrun
+from trainer import asked, modes, summary, torchrun
 from trainer.capturing import Capturing
 from trainer.checkpoint import changes
 from trainer.checkpoint.run_state import BEST, LAST, RunState
@@ -163,7 +163,7 @@ class Trainer:
         notes = [*self.state.notes, *modes.set_train(self.model, self.step.optimizers), *self._health.notes()]
         self._feed.start()
         if self.settings.check is not None and not self.step.clocks.windows:
-            self._health.before_first(self._certify)
+            self._health.before_first(partial(asked.certify_window, self))
         who: dict[str, Any] = {
             "recipe": self.recipe,
             "folder": self.folder,
@@ -197,50 +197,23 @@ class Trainer:
             gradcheck: modules whose backward is held against difference quotients, beside all custom Functions.
             meant: Functions whose backward is not the derivative of their forward on purpose, by name.
         """
-        with rng.preserved(), modes.in_train(self.model):
-            return self._certify(next(self._feed.windows()), gradcheck, meant)
+        return asked.certify(self, gradcheck, meant)
 
     def graph(self, every_node: bool = False) -> "Graph":
         """Draw the autograd graph of the next micro-batch (`trainer.graph`). Changes nothing."""
-        from trainer.diagnose.graph import graph
-
-        with rng.preserved(), modes.in_train(self.model):
-            micro_batch = next(self._feed.windows())[0]
-            return graph(self.model, self.step.objective, micro_batch, every_node=every_node)
+        return asked.graph(self, every_node)
 
     def largest_gradients(self, most: int = 20) -> "PerSample":
         """The norm of every training row's gradient, and the rows with the largest (`trainer.per_sample`)."""
-        from trainer.diagnose.per_sample import per_sample
-
-        cut = replace(self.settings.data, shuffle=False, drop_last=False)
-        return per_sample(
-            self.model,
-            self.step.objective,
-            placed(source_of(self._data, cut), self._device, width(self.settings.precision)),
-            most=most,
-            parameters=self.step.parameters.by_name,
-            coefficients=self.settings.gradient.coefficients,
-            count_rows=self._of_gradient["count_rows"],
-        )
+        return asked.largest_gradients(self, most)
 
     def replay(self) -> "Replay":
         """Run the next window as it is configured here, and name what is not finite in it. Changes nothing."""
-        from trainer.diagnose.capture import capture
-        from trainer.diagnose.replay import replay
-
-        with rng.preserved(), modes.in_train(self.model):
-            window = next(self._feed.windows())
-            caught = capture(self.step, window, generators=rng.capture(), rows=self._feed.row_numbers(len(window)))
-            return replay(caught, self.model, self.step.objective, count_rows=self.step.weigher.count_rows)
+        return asked.replay(self)
 
     def load(self, path: str | Path) -> None:
         """Put the parameters of a checkpoint, a `model.safetensors` or a run's folder into the model."""
         self.state.load_start(Path(path))
-
-    def _certify(self, window: Any, *checked: Any) -> "Certificate":
-        from trainer.certificate.entry import certify_step
-
-        return certify_step(self.step, window, self._of_gradient, *checked)
 
     # The run.
 
