@@ -14,7 +14,7 @@ PACKAGE = ROOT / "trainer"
 KEEPING = ["diagnose.capture", "diagnose.health", "diagnose.per_sample", "diagnose.replay"]
 LAYERS = [
     ["errors", "settings", "signals", "torchrun"],
-    ["gradient.report", "gradient.clocks", "distributed", "kernels", "rng"],
+    ["gradient.report", "gradient.clocks", "distributed", "kernels", "rng", "bits"],
     ["gradient"],
     ["optim", "data", "activations", "diagnose", "step_state"],
     ["step", "modes", "device"],

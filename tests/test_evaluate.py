@@ -2,6 +2,7 @@
 
 import math
 import random
+import weakref
 
 import numpy
 import pytest
@@ -413,3 +414,80 @@ def test_bf16_runs_under_autocast() -> None:
     model, (inputs, targets) = nn.Linear(3, 2), rows(4)
     Evaluation(objective, precision="bf16")(model, [(inputs.float(), targets.float())])
     assert seen == [torch.bfloat16]
+
+
+# Graphs in evaluation (grad_mode=enabled), which nothing must keep alive.
+
+
+class KeptError(MeanError):
+    """A metric that keeps what it is given until compute(), as those of torchmetrics do that sort."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list = []
+
+    def update(self, outputs, targets) -> None:
+        super().update(outputs, targets)
+        self.outputs.append(outputs)
+
+
+def test_a_metric_object_is_given_no_graph_and_that_is_said_once() -> None:
+    said: list[str] = []
+    for mode, expected in (("enabled", 1), ("no_grad", 0)):
+        metric, model = KeptError(), linear()
+        evaluation = Evaluation(MSE, {"error": metric}, grad_mode=mode)
+        said.clear()
+        evaluation.found = said.append
+        for _ in range(2):
+            evaluation(model, cut(rows(7), [4, 3]))
+        assert not any(outputs.requires_grad for outputs in metric.outputs)
+        assert len(said) == expected
+        assert all("'error' is given have a graph" in one and "they are detached first" in one for one in said)
+
+
+def test_torchmetrics_own_objects_keep_no_graph() -> None:
+    metric = pytest.importorskip("torchmetrics").CatMetric()
+
+    class Outputs:
+        update, compute, reset = lambda self, outputs, _: metric.update(outputs), lambda self: 0.0, metric.reset
+
+    Evaluation(MSE, {"kept": Outputs()}, grad_mode="enabled")(linear(), cut(rows(7), [4, 3]))
+    kept = metric.value if isinstance(metric.value, list) else [metric.value]
+    assert kept and not any(one.requires_grad for one in kept)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("enabled", True), ("no_grad", False)])
+def test_a_metrics_function_that_keeps_graphs_is_named(mode, expected) -> None:
+    seen: list = []
+
+    def metrics(model, batch):
+        error = (model(batch[0]) - batch[1]).abs().sum()
+        seen.append(error)
+        return {"error": Sum(error, len(batch[0]))}
+
+    said: list[str] = []
+    evaluation = Evaluation(MSE, metrics, grad_mode=mode)
+    evaluation.found = said.append
+    for _ in range(3):
+        evaluation(linear(), cut(rows(11), [1] * 11))
+    assert len(said) == expected
+    assert not expected or (said[0].startswith("in evaluation the graphs of earlier") and "'seen[" in said[0]), said
+
+
+def test_a_report_that_is_kept_holds_no_graph() -> None:
+    model = linear()
+    step = Step(model, MSE, sgd(model.parameters(), lr=0.1))
+    alive: list[weakref.ref] = []
+
+    class Mark:
+        pass
+
+    def mark(_, roots) -> None:
+        sentinel = Mark()
+        roots[0].grad_fn.metadata["mark"] = sentinel
+        alive.append(weakref.ref(sentinel))
+
+    step.after_backward.append(mark)
+    reports = [step([rows(4)], norms=True) for _ in range(3)]
+    assert [one() for one in alive] == [None] * 3
+    assert len(reports) == 3

@@ -6,12 +6,16 @@ for bit what they were before. Sums are weighed as in training, so the last, sho
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer import modes, rng
 from trainer.diagnose.mistakes import Forward, explain
+from trainer.diagnose.retention import Retention
+from trainer.diagnose.words import listed
 from trainer.distributed.ranks import OneProcess, Ranks
 from trainer.errors import ConfigError, DataError, Paused
 from trainer.gradient.objective import MEAN, Sum, terms_of
@@ -89,6 +93,10 @@ class Evaluation:
         self._ranks: Ranks = ranks or OneProcess()
         self.sums: Sums | None = None
         """Of an evaluation that was paused."""
+        self.found: Callable[[str], None] = lambda text: None
+        """Hears of a graph that something keeps alive, once."""
+        self._kept: dict[str, Retention] = {}
+        self._is_said = False
 
     def __call__(
         self,
@@ -124,7 +132,7 @@ class Evaluation:
                 try:
                     self._add_terms(model, micro_batch, sums.terms)
                     self._add_metrics(model, micro_batch, sums.metrics, objects)
-                except RuntimeError as error:
+                except (RuntimeError, ValueError, IndexError) as error:
                     explain(error, Forward(model, self._objective, micro_batch, {}))
                     raise
                 sums.position += 1
@@ -168,7 +176,9 @@ class Evaluation:
         return sum(self._coefficients.get(name, 1.0) * _mean(*pair) for name, pair in weighed.items())
 
     def _add_terms(self, model: Any, micro_batch: Any, sums: dict[str, list[Any]]) -> None:
-        for term in terms_of(self._objective(model, micro_batch), self._objective):
+        terms = terms_of(self._objective(model, micro_batch), self._objective)
+        self._look_for_holders("objective", model, [term.value for term in terms])
+        for term in terms:
             weight = term.weight if term.weight is not None else self._weigher.mean_weight(term.name, micro_batch)
             if isinstance(weight, float) and weight == 0.0:
                 total: Any = 0.0  # the mean of nothing is NaN
@@ -187,6 +197,8 @@ class Evaluation:
                 )
             inputs, targets = micro_batch
             outputs = model(inputs) if callable(model) else model.forward(inputs)
+            if self.grad_mode == "enabled":
+                outputs = self._without_graph(outputs, objects)
             for metric in objects.values():
                 metric.update(outputs, targets)
         elif callable(self._metrics):
@@ -195,6 +207,7 @@ class Evaluation:
                 raise ConfigError(
                     f"metrics(...) returned {type(answers).__name__}: return {{name: Sum(total, weight)}}."
                 )
+            self._look_for_holders("metrics", model, [one.total for one in answers.values() if isinstance(one, Sum)])
             for name, answer in answers.items():
                 if name == "loss" or not isinstance(answer, Sum):
                     raise ConfigError(
@@ -202,6 +215,29 @@ class Evaluation:
                         "than loss, so that it can be summed over micro-batches of any size."
                     )
                 _accumulate(sums, name, host_number(answer.total), host_number(answer.weight))
+
+    def _without_graph(self, outputs: Any, objects: Mapping[str, Any]) -> Any:
+        """What metrics are given: one that keeps it until compute() would keep a graph of every micro-batch alive."""
+        detached = _detached(outputs)
+        if detached is not outputs and not self._is_said:
+            self._is_said = True
+            self.found(
+                f"the outputs that {listed(objects)} is given have a graph (evaluation.grad_mode=enabled), which a "
+                "metric would keep alive until the evaluation ends: they are detached first."
+            )
+        return detached
+
+    def _look_for_holders(self, what: str, model: Any, roots: Sequence[Any]) -> None:
+        """In grad_mode=enabled, whether somebody keeps the graphs of earlier micro-batches alive."""
+        if self.grad_mode != "enabled":
+            return
+        if what not in self._kept:
+            step = SimpleNamespace(model=model, objective=self._objective)
+            self._kept[what] = Retention(step, self._found_in_evaluation, metrics=self._metrics)
+        self._kept[what](None, [root for root in roots if isinstance(root, Tensor)])
+
+    def _found_in_evaluation(self, text: str) -> None:
+        self.found(f"in evaluation {text}")
 
     def _torchmetrics(self) -> dict[str, Any]:
         if not isinstance(self._metrics, Mapping):
@@ -226,6 +262,19 @@ def _is_paused(between: Callable[[], None]) -> bool:
     except Paused:
         return True
     return False
+
+
+def _detached(value: Any) -> Any:
+    """The same without graphs; itself where there is none."""
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    if type(value) in (list, tuple, dict):
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        made = [_detached(item) for item in items]
+        if all(one is other for one, other in zip(items, made, strict=True)):
+            return value
+        return dict(zip(value, made, strict=True)) if isinstance(value, dict) else type(value)(made)
+    return value
 
 
 def _accumulate(sums: dict[str, list[Any]], name: str, total: Any, weight: Any) -> None:

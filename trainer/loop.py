@@ -123,6 +123,7 @@ class Trainer:
         )
         self._loggers = Together([] if ranks.rank else [*chosen(self.settings.loggers, self.folder), *loggers])
         self._health = Health(self.step, self._loggers.found, self.settings, sources)
+        self._held_out.evaluation.found = self._health.found
         parts: dict[str, Any] = {"evaluation": self._held_out, "health": self._health}
         self._limits = Limits(self.step.clocks)
         self._ranks = parts["ranks"] = RanksOfRun(self.step, self.settings, self._signals, self._limits)

@@ -279,7 +279,7 @@ class Step:
                 return self.objective(self.model, micro_batch)
             with self._segments or nullcontext(), self._autocast or nullcontext():
                 return self.objective(self.model, micro_batch)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             explain(error, self._as_it_was(micro_batch))
             raise
 

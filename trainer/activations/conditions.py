@@ -4,28 +4,17 @@ import itertools
 import random
 import sys
 import types
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.bits import checksum
 from trainer.diagnose.trace import tensors_in
 
 _PLAIN = (int, float, complex, str, bool, types.NoneType, itertools.count, itertools.cycle)
 _SHOWN = 60
-
-
-def checksum(tensor: Tensor) -> Any:
-    """Of the bits of a tensor, in their order: a number on the CPU, elsewhere a tensor on its device."""
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        return tuple(tensor.shape)
-    bits = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    if bits.device.type == "cpu":
-        return zlib.crc32(bits.numpy())  # type: ignore[arg-type]
-    places = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x9E3779B1
-    return (bits.to(torch.int64) * (places | 1)).sum()
 
 
 class Bits(int):

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.activations.conditions import checksum
-from trainer.diagnose.trace import tensors_in
+from trainer.bits import checksum
+from trainer.diagnose.trace import storage_of, tensors_in
 
+_LIBRARIES = ("mkldnn", "cudnn", "miopen")
 _WORDS = {"lift_fresh": "tensor", "_to_copy": "to", "_unsafe_view": "view"}
 
 
@@ -54,6 +55,8 @@ class Operations(TorchDispatchMode):
         self._at: list[str] = []
         self._hooks: list[Any] = []
         self.is_paused = False
+        self.opaque: set[int | None] = set()
+        """The storages whose bits say nothing."""
 
     def __enter__(self) -> "Operations":
         self._hooks = [
@@ -81,7 +84,13 @@ class Operations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         # What is in an empty tensor is chance; detach, by which torch keeps what is recomputed, changes nothing.
         if not self.is_paused and name != "detach" and not name.startswith(("empty", "new_empty")):
-            made = [one for one in tensors_in(result) if not ("cudnn" in name and one.dtype is torch.uint8)]
+            made = []
+            for one in tensors_in(result):
+                # What a kernel leaves for its own backward has gaps between its parts, in which anything may stand.
+                if one.dtype is torch.uint8 and any(library in name for library in _LIBRARIES):
+                    self.opaque.add(storage_of(one))
+                else:
+                    made.append(one)
             sums = tuple(checksum(one) for one in made)
             module = self._at[-1] if self._at else self._outermost
             self._see(Operation(name, sums, tuple(one.dtype for one in made), module))

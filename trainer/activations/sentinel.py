@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from trainer.activations.again import Again
-from trainer.activations.conditions import Bits, checksum, generators_of, state_of
+from trainer.activations.conditions import Bits, generators_of, state_of
 from trainer.activations.operations import Operation, Operations
+from trainer.bits import checksum
 from trainer.diagnose.places import Place, here
 from trainer.diagnose.trace import storage_of
 from trainer.errors import GradientError
@@ -66,7 +67,7 @@ def _saved(tensor: Tensor) -> _Saved:
         return _Saved(tuple(tensor.shape), tensor.dtype, checksum(tensor), None)
     with recording.paused():
         # A kernel that counts in a buffer (BatchNorm's) is handed it, and torch looks again only when it has counted.
-        counts = storage_of(tensor) in recording.buffers
+        counts = storage_of(tensor) in recording.buffers | recording.opaque
         return _Saved(tuple(tensor.shape), tensor.dtype, None if counts else checksum(tensor), recording)
 
 
@@ -145,6 +146,10 @@ class Recording:
                 yield
         finally:
             _active.remove(self)
+
+    @property
+    def opaque(self) -> set[int | None]:
+        return self._operating.opaque
 
     @property
     def parted(self) -> bool:

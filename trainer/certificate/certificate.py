@@ -59,6 +59,8 @@ class Certificate:
     """The verdict on one window.
 
     - `findings`: what breaks the gradient, empty where it passed.
+    - `audit`: what else is wrong or looks so (parameters without a gradient, losses given what does not go together),
+      a sentence each; the gradient may still be the one asked for.
     - `notes`: what the verdict leaves open or assumes, a sentence each.
     - `path`: the configured path against the reference, micro-batch by micro-batch with equal draws, per parameter.
     - `cut`: the reference of the micro-batches against that of the whole batch, per parameter; empty with one of them.
@@ -67,6 +69,7 @@ class Certificate:
     """
 
     findings: list[Finding] = field(default_factory=list)
+    audit: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     path: list[Line] = field(default_factory=list)
     cut: list[Line] = field(default_factory=list)
@@ -115,6 +118,7 @@ class Certificate:
             "passed": self.passed,
             "verdict": self.verdict(),
             "findings": [_plain(one) for one in self.findings],
+            "audit": list(self.audit),
             "notes": list(self.notes),
             "micro_batches": self.micro_batches,
             "precision": self.precision,
@@ -128,7 +132,8 @@ class Certificate:
         }
 
     def __str__(self) -> str:
-        said = [self.table(), *(f"  {note}" for note in self.notes), *(f"  {one}" for one in self.findings[1:])]
+        notes = [*self.notes, *self.audit]
+        said = [self.table(), *(f"  {note}" for note in notes), *(f"  {one}" for one in self.findings[1:])]
         return "\n".join([*said, self.verdict()])
 
 

@@ -1,10 +1,12 @@
 """certify(...): the certificate of a model, an objective and a window, or of somebody else's loop."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from trainer.certificate.audit import audit
 from trainer.certificate.certificate import Certificate
 from trainer.certificate.examine import examine
 from trainer.certificate.gradcheck import gradcheck as check_functions
@@ -12,6 +14,7 @@ from trainer.certificate.lab import Lab
 from trainer.certificate.paths import Loop, LoopPath, Path, StepPath
 from trainer.certificate.reference import Asked
 from trainer.data.sources import source_of
+from trainer.diagnose.unseen import UNSEEN
 from trainer.errors import ConfigError, GradientError
 from trainer.gradient.invariants import check_writes
 from trainer.gradient.objective import as_objective
@@ -76,6 +79,8 @@ def certify(
     else:
         path = StepPath(model, objective, parameters, {"count_rows": count_rows, **settings})
     certificate = _counted(examine(lab, path, settings.get("precision", "fp32")), path, len(window))
+    if loop is None:
+        _audit(certificate, lab, parameters if optimizer is None else named_for(model, as_optimizers(optimizer)))
     return _with_functions(certificate, lab, gradcheck, meant)
 
 
@@ -97,6 +102,7 @@ def certify_step(
     lab = Lab(step.model, step.objective, window, parameters, asked, ranks=step.ranks)
     path = StepPath(step.model, step.objective, parameters, {**keywords, "ranks": step.ranks})
     certificate = _counted(examine(lab, path, keywords.get("precision", "fp32")), path, len(window))
+    _audit(certificate, lab, step.parameters.by_name)
     return _with_functions(certificate, lab, gradcheck, meant)
 
 
@@ -119,6 +125,17 @@ def _counted(certificate: Certificate, path: Path, micro_batches: int) -> Certif
         except GradientError as uneven:
             certificate.notes.append(str(uneven))
     return certificate
+
+
+def _audit(certificate: Certificate, lab: Lab, parameters: Mapping[str, Tensor]) -> None:
+    """Add what the audit of a first step would say; what was changed unseen is named where it broke the gradient."""
+    certificate.audit = audit(lab, parameters)
+    unseen = [one for one in certificate.audit if UNSEEN in one]
+    if unseen and any(one.kind == "changed" for one in certificate.findings):
+        certificate.audit = [one for one in certificate.audit if one not in unseen]
+        certificate.findings = [
+            replace(one, reason=" ".join(unseen)) if one.kind == "changed" else one for one in certificate.findings
+        ]
 
 
 def _parameters(model: Any, optimizer: Any) -> dict[str, Tensor]:

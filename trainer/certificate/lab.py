@@ -62,8 +62,8 @@ class Lab:
     ) -> None:
         self.model, self.objective, self.parameters, self.asked = model, objective, parameters, asked
         self.ranks: Ranks = ranks or OneProcess()
-        self._own = list(window)
-        self.window = of_all(self.ranks, self._own, next(iter(parameters.values())).device)
+        self.own = list(window)
+        self.window = of_all(self.ranks, self.own, next(iter(parameters.values())).device)
         self.dtype = torch.float64
         """Of the reference: float32 where float64 does not run."""
         self.clones = True
@@ -92,7 +92,7 @@ class Lab:
         """
         run, used = Run({}), wide.Used()
         draw = Draws(draws)
-        with self._from_the_start(), self.state.wide(dtype), wide.plainly(dtype, used, self.clones) as mode, draw:
+        with self.from_the_start(), self.state.wide(dtype), wide.plainly(dtype, used, self.clones) as mode, draw:
             batches = [cast(one, dtype) for one in micro_batches]
             if shake is not None:
                 self._shake(batches, *shake)
@@ -147,8 +147,8 @@ class Lab:
             run.buffers = self._buffers() if self.ranks.world_size == 1 else {}
 
         if window is self.window and "ranks" not in off:
-            window = self._own
-        with self._from_the_start(), ExitStack() as stack:
+            window = self.own
+        with self.from_the_start(), ExitStack() as stack:
             stack.enter_context(wide.noting_autocast(used))
             for name in sorted(off & PATCHES.keys()):
                 stack.enter_context(PATCHES[name]())
@@ -161,7 +161,8 @@ class Lab:
         return run
 
     @contextmanager
-    def _from_the_start(self) -> Iterator[None]:
+    def from_the_start(self) -> Iterator[None]:
+        """Everything as it was at first, and afterwards again."""
         with rng.preserved(), self.state.kept(), torch.enable_grad():
             rng.restore(self._rng)
             yield

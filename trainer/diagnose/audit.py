@@ -13,11 +13,13 @@ from torch import Tensor
 from trainer.diagnose.cuts import Flow, connected, leaves
 from trainer.diagnose.graphs import withholding
 from trainer.diagnose.instrument import Instrument
+from trainer.diagnose.losses import Losses
 from trainer.diagnose.mistakes import Forward
 from trainer.diagnose.places import assigned
 from trainer.diagnose.strays import flat, not_leaves, strays
 from trainer.diagnose.words import listed
 from trainer.gradient import norms
+from trainer.gradient.objective import who
 from trainer.gradient.parameters import named_modules, named_parameters
 from trainer.gradient.report import Report
 
@@ -78,6 +80,21 @@ def without_gradient(parameters: Mapping[str, Tensor], forward: Forward) -> list
     return said + [_replaced(name, forward.model) for name in replaced]
 
 
+def of_forward(forward: Forward, roots: Sequence[Tensor]) -> list[str]:
+    """What is wrong with the gradients that a backward from these roots gives. Writes `.grad`."""
+    for parameter in forward.parameters.values():
+        parameter.grad = None
+    reached = leaves(roots)
+    trained = [one for one in forward.parameters.values() if one.requires_grad and id(one) in reached]
+    if trained:
+        live = [root for root in roots if root.requires_grad]
+        torch.autograd.backward(live, [torch.ones_like(root) for root in live], inputs=trained)
+    said = [*strays(reached, forward), *without_gradient(forward.parameters, forward), *_zero(forward)]
+    for parameter in forward.parameters.values():
+        parameter.grad = None
+    return said
+
+
 def _replaced(name: str, model: Any) -> str:
     holder, _, key = name.rpartition(".")
     place = assigned(named_modules(model).get(holder, model), key, but_in="__init__")
@@ -129,29 +146,62 @@ class FirstStep:
             if not reached:
                 reached.update(leaves(roots))
 
+        objective = self._step.objective
+        watched = self._step.objective = Watched(objective, self._step.model)
         self._step.after_backward.append(look)
         try:
             report: Report = self._step(window, norms, between)
         finally:
             self._step.after_backward.remove(look)
+            self._step.objective = objective
         if not report.skipped:
             self._over()
             forward = Forward(self._step.model, self._step.objective, window[0], parameters)
             # What a transform has frozen has no gradient any more, and had one.
             given = {name: one for name, one in parameters.items() if name not in self._step.transforms.taken}
             for finding in (
+                *watched.said,
                 *strays(reached, forward),
                 *without_gradient(given, forward),
-                *_zero(given, forward),
+                *_zero(forward),
                 *not_moved(before, parameters, report.lr),
             ):
                 self._found(finding)
         return report
 
 
-def _zero(parameters: Mapping[str, Tensor], forward: Forward) -> list[str]:
+class Watched:
+    """An objective whose first call is looked at for losses that are given what does not go together."""
+
+    def __init__(self, objective: Any, model: Any) -> None:
+        self._objective = objective
+        self.__qualname__ = who(objective).removeprefix("the objective ")
+        self.said: list[str] = []
+        # What is compiled would be compiled for the look and then once more.
+        self._is_over = any(_is_compiled(one) for one in (objective, model, *named_modules(model).values()))
+
+    def __call__(self, model: Any, micro_batch: Any) -> Any:
+        if self._is_over:
+            return self._objective(model, micro_batch)
+        self._is_over = True
+        losses = Losses(micro_batch)
+        answer = losses.within(lambda: self._objective(model, micro_batch))
+        self.said = losses.said
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
+
+
+def _is_compiled(one: Any) -> bool:
+    compiled = ("_orig_mod", "_compiled_call_impl", "_torchdynamo_orig_callable")
+    return any(vars(one).get(name) is not None for name in compiled) if hasattr(one, "__dict__") else False
+
+
+def _zero(forward: Forward) -> list[str]:
     """Gradients that are zero because something is flat. Others may well be (behind a layer that begins at zero)."""
-    names = [name for name, one in parameters.items() if one.grad is not None and not float(norms.norm([one.grad]))]
+    given = {name: one.grad for name, one in forward.parameters.items() if one.grad is not None}
+    names = [name for name, gradient in given.items() if not float(norms.norm([gradient]))]
     return flat(names, forward) if names else []
 
 

@@ -15,6 +15,7 @@ from trainer.diagnose.cuts import Cut, Flow
 from trainer.diagnose.forward import Forward as Forward
 from trainer.diagnose.freed import calls_backward, walked_twice
 from trainer.diagnose.holders import held_by
+from trainer.diagnose.losses import explained_loss
 from trainer.diagnose.trace import Call, Trace, storage_of
 from trainer.errors import GradientError, ObjectiveError
 from trainer.gradient.objective import who
@@ -24,7 +25,7 @@ _INFERENCE = ("Inference tensors cannot be saved for backward", "Inplace update 
 _LEAF = ("a leaf Variable that requires grad is being used in an in-place operation", "a view of a leaf Variable")
 
 
-def explain(error: RuntimeError, forward: Forward, roots: tuple[Tensor, ...] = ()) -> None:
+def explain(error: Exception, forward: Forward, roots: tuple[Tensor, ...] = ()) -> None:
     """Raise the sentence for an error that is known; return for any other, which the caller then raises on.
 
     Args:
@@ -36,8 +37,11 @@ def explain(error: RuntimeError, forward: Forward, roots: tuple[Tensor, ...] = (
         raise sentence from error
 
 
-def explained(error: RuntimeError, forward: Forward, roots: tuple[Tensor, ...] = ()) -> Exception:
+def explained(error: Exception, forward: Forward, roots: tuple[Tensor, ...] = ()) -> Exception:
     """The sentence for an error that is known, the error itself for any other."""
+    loss = explained_loss(error)
+    if loss is not None:
+        return ObjectiveError(loss)
     text = str(error)
     if any(known in text for known in _INFERENCE):
         return _inference(forward)
@@ -123,7 +127,7 @@ def _computed_otherwise(text: str) -> GradientError:
     )
 
 
-def _into_numpy(error: RuntimeError) -> GradientError:
+def _into_numpy(error: Exception) -> GradientError:
     place = places.of(error)
     where = f" in {place}" if place is not None else ""
     return GradientError(
@@ -132,7 +136,7 @@ def _into_numpy(error: RuntimeError) -> GradientError:
     )
 
 
-def _leaf(error: RuntimeError, forward: Forward) -> GradientError:
+def _leaf(error: Exception, forward: Forward) -> GradientError:
     trace, _ = forward.again()
     what = "a parameter"
     if trace.failed is not None:

@@ -38,11 +38,12 @@ class Retention(Instrument):
     Args:
         step: whose backwards these are; the holder is looked for in its model and objective too.
         found: hears the sentence, once.
+        more: what else the holder is looked for in, by the name that it goes by.
     """
 
-    def __init__(self, step: Any, found: Callable[[str], None]) -> None:
+    def __init__(self, step: Any, found: Callable[[str], None], **more: Any) -> None:
         self._found = found
-        self._searched = {"model": step.model, "objective": step.objective}
+        self._searched = {"model": step.model, "objective": step.objective, **more}
         self._count = 0
         self._marks: deque[weakref.ref[_Sentinel]] = deque(maxlen=_ALIVE)
         self._collections = 0
