@@ -103,7 +103,7 @@ def checked(function, modules=(), meant=()) -> Checked:
 
 def line_of(text: str) -> int:
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
-    return next(number for number, line in enumerate(lines, 1) if text in line) - 1
+    return next(number for number, line in enumerate(lines, 1) if text in line)
 
 
 def cube(x: Tensor) -> Tensor:

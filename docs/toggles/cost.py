@@ -10,17 +10,20 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from time import process_time, thread_time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from trainer.recipes import char_lm, digits, xor
+from trainer.recipes import char_lm, custom_relu, digits, xor
 
-from trainer import Step, Trainer, supervised
+from trainer import Step, Trainer, certify, per_sample, supervised
 from trainer.checkpoint.run_state import LAST
 from trainer.data import source_of
+from trainer.diagnose.sources import SourceGradients
+from trainer.diagnose.terms import TermGradients
 from trainer.evaluate import Evaluation
 from trainer.gradient.precision import width
 from trainer.gradient.transforms import centralise, clip_by_norm, freeze, noise
@@ -68,16 +71,19 @@ def steps(
     model: Callable[[], nn.Module] = digits.mlp,
     make: Callable[..., Any] = adamw,
     wide: bool = False,
+    objective: Any = LOSS,
+    watch: Callable[[Step], Any] = id,
     **settings: Any,
 ) -> Callable[[], None]:
-    """A run of `count` steps on the same window of `parts` micro-batches, `size` rows in all."""
+    """A run of `count` steps on the same window of `parts` micro-batches, `size` rows in all; `watch` gets the step."""
     torch.manual_seed(0)
     net = model()
     inputs, classes = (torch.randn(size, 512), torch.arange(size)) if wide else (part[:size] for part in DATA.train)
     dtype = width(settings.get("precision", "fp32"))
     net, inputs = net.to(dtype), inputs.to(dtype)
     window = tuple(zip(inputs.chunk(parts), classes.chunk(parts), strict=True))
-    step = Step(net, LOSS, make(net.parameters()), **settings)
+    step = Step(net, objective, make(net.parameters()), **settings)
+    watch(step)
 
     def run() -> None:
         for _ in range(count):
@@ -93,6 +99,11 @@ def two_groups(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 def wide(**settings: Any) -> Callable[[], None]:
     return steps(count=1, size=256, model=deep, wide=True, **settings)
+
+
+def two_terms(model: Any, micro_batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    outputs = model(micro_batch[0])
+    return {"class": nn.functional.cross_entropy(outputs, micro_batch[1]), "size": outputs.square().mean()}
 
 
 def evaluation(grad_mode: str) -> Callable[[], None]:
@@ -207,6 +218,29 @@ def instruments() -> None:
         instrument(f"diagnose: noise_scale={every} over none, digits", "digits", four, noise_scale=every)
 
 
+def looking() -> None:
+    """What it costs to look at the gradients of terms, sources and rows, and at custom Functions."""
+
+    def terms(step: Step, every: int) -> None:
+        TermGradients(step, every)
+
+    def sources(step: Step, every: int) -> None:
+        SourceGradients(step, every, lambda batch: [row % 2 for row in range(len(batch[0]))])
+
+    for name, hang in (("term_gradients", terms), ("source_gradients", sources)):
+        for every in (1, 50):
+            watch = partial(hang, every=every)
+            of_two = f"diagnose: {name} of two, one in {every}"
+            compare(f"{of_two}, digits", steps(objective=two_terms), steps(objective=two_terms, watch=watch))
+        watch = partial(hang, every=1)
+        compare(f"{of_two[:-2]}1, deep", wide(objective=two_terms), wide(objective=two_terms, watch=watch))
+    rows = tuple(tensor[:480] for tensor in DATA.train)
+    of_rows = partial(per_sample, digits.mlp(), LOSS, rows)
+    compare("diagnose: gradients of 480 rows over 15 steps on them", steps(count=15), of_rows)
+    check = partial(certify, custom_relu.mlp(), LOSS, data=[tuple(tensor[:32] for tensor in rows)])
+    compare("certificate: gradcheck over none, custom_relu", partial(check, gradcheck=None), check)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     instruments()
@@ -235,6 +269,7 @@ def main() -> None:
     compare("nonfinite: raise over skip", steps(), steps(nonfinite="raise"))
     compare("activation checkpointing: 4 segments over none, digits", steps(), steps(activation_checkpointing=4))
     compare("activation checkpointing: 4 segments over none, deep", wide(), wide(activation_checkpointing=4))
+    looking()
     for precision in ("bf16", "bf16_true", "fp16", "fp64"):
         compare(f"precision: {precision} over fp32, digits", steps(), steps(precision=precision))
         compare(f"precision: {precision} over fp32, deep", wide(), wide(precision=precision))

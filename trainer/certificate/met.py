@@ -142,9 +142,10 @@ def _backward(function: Any) -> Callable[..., Any]:
 
 def _place(function: Callable[..., Any]) -> str:
     try:
-        path, line = Path(str(inspect.getsourcefile(function))), inspect.getsourcelines(function)[1]
+        path, (lines, first) = Path(str(inspect.getsourcefile(function))), inspect.getsourcelines(function)
     except (OSError, TypeError):
         return ""
+    line = first + next((index for index, text in enumerate(lines) if text.lstrip().startswith("def ")), 0)
     try:
         return f" ({path.resolve().relative_to(Path.cwd()).as_posix()}:{line})"
     except (ValueError, OSError):

@@ -57,7 +57,8 @@ class SourceGradients(Instrument):
         self._has_failed = False
         self._conflicts = Conflicts(
             "sources",
-            "what a step gains on one it loses on the other: mix them otherwise, or tell the model which it sees",
+            "what a step gains on one it loses on the other. Near a minimum of their sum that is how it must be; well "
+            "before it, mix them otherwise, or tell the model which one it sees",
         )
         step.after_backward.append(self)
 

@@ -42,6 +42,7 @@ class TermGradients(Instrument):
             raise _nameless(step.objective)
         self.latest: Compared | None = None
         self._step = step
+        self._clocks = step.clocks
         self._every = every
         self._window: weakref.ref[OpenWindow] | None = None
         self._held: dict[str, list[Tensor | None]] = {}
@@ -49,7 +50,9 @@ class TermGradients(Instrument):
         self._sentences: list[str] = []
         self._shown: Compared | None = None
         self._conflicts = Conflicts(
-            "terms", "what a step gains on one it loses on the other: weigh them anew (gradient.coefficients)"
+            "terms",
+            "what a step gains on one it loses on the other. Near a minimum of their sum that is how it must be; well "
+            "before it, weigh them anew (gradient.coefficients)",
         )
         step.before_backward.append(self._before)
         step.after_backward.append(self._after)
@@ -75,17 +78,14 @@ class TermGradients(Instrument):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._conflicts.load_state_dict(state)
 
-    def _is_due(self, window: OpenWindow) -> bool:
-        count = self._step.clocks.windows
-        return (not count or not (count + 1) % self._every) and window.drawn is not None and self._failed is None
-
     def _before(self, window: OpenWindow, term: Term, seed: Tensor) -> None:
         """A term's backward is about to run: run it once by itself, into a list of our own."""
-        if not self._is_due(window):
+        count = self._clocks.windows
+        if (count and (count + 1) % self._every) or self._failed is not None:
             return
-        if not window.micro_batches and (self._window is None or self._window() is not window):
+        if not window.micro_batches and window.drawn is not None and self._of(window) is None:
             self._window, self._held = weakref.ref(window), {}
-        if self._window is None or self._window() is not window:
+        if self._of(window) is None:
             return  # the window was joined in its middle
         wanted = [one for one in self._step.parameters.by_name.values() if one.requires_grad]
         try:
@@ -101,13 +101,13 @@ class TermGradients(Instrument):
         self._held[term.name] = wide
 
     def _after(self, window: OpenWindow, roots: list[Tensor]) -> None:
-        if not self._is_due(window):
+        if self._window is None or self._of(window) is None:
             return
         if list(window.terms) == [MEAN]:
             raise _nameless(self._step.objective)
-        drawn = window.drawn
-        if drawn is None or window.micro_batches < len(drawn) or self._window is None or self._window() is not window:
+        if window.drawn is None or window.micro_batches < len(window.drawn):
             return
+        self._window = None
         if not self._held:
             return  # it weighs nothing
         if (name := self._out_of_reach()) is not None:
@@ -121,6 +121,10 @@ class TermGradients(Instrument):
             self._sentences += self._conflicts.look(self.latest)
         else:
             self.latest = None
+
+    def _of(self, window: OpenWindow) -> OpenWindow | None:
+        """The window, where it is the one that is measured."""
+        return window if self._window is not None and self._window() is window else None
 
     def _out_of_reach(self) -> str | None:
         """A parameter that the window's backward reached and no term's did."""
