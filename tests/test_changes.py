@@ -64,6 +64,15 @@ def test_another_number_of_workers_is_safe_where_all_items_come_from_workers(bef
             changes.judged(of(workers=before), of(workers=after), (), WHERE)
 
 
+def test_a_precision_of_another_dtype_is_refused_also_where_it_is_accepted() -> None:
+    for accept in ((), ("precision",)):
+        with pytest.raises(ConfigError, match=r"in float32, and precision=fp64 trains in float64: set it back.*init="):
+            changes.judged(of(), of(precision="fp64"), accept, WHERE)
+    with pytest.raises(ConfigError, match=r"accept=\[precision\]"):
+        changes.judged(of(), of(precision="bf16"), (), WHERE)
+    assert changes.judged(of(), of(precision="bf16"), ["precision"], WHERE)
+
+
 def test_a_key_that_is_new_or_gone_is_a_change() -> None:
     with pytest.raises(ConfigError, match=r"model.width \(not there\) → 3"):
         changes.judged({}, {"model": {"width": 3}}, (), WHERE)
@@ -126,7 +135,9 @@ def test_where_every_checkpoint_is_damaged_nothing_begins_anew(tmp_path) -> None
 
 
 def test_last_must_be_there_and_auto_need_not(tmp_path) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint to go on from: resume=auto begins anew"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no checkpoint to go on from: name the run .* begin anew \(resume=auto\)"
+    ):
         fit(tmp_path, resume="last")
     assert fit(tmp_path).step.clocks.steps == 4
     assert fit(tmp_path, resume="last", steps=5).step.clocks.steps == 5

@@ -130,7 +130,7 @@ def test_a_mistake_is_answered_before_torch_is_imported(here):
         (["train", "--config-name", "nowhere"], "there is no config 'nowhere': look at the name, and at --config-dir."),
         (["recipes", "digits"], "recipes takes no 'digits': it lists all recipes."),
         (["eval", "recipe=xor", "run=nowhere"], "run=nowhere: there is no folder outputs/xor/nowhere, train it first"),
-        (["eval", "recipe=xor", "init=nowhere"], "init=nowhere: there is no such file."),
+        (["eval", "recipe=xor", "init=nowhere"], "init=nowhere: there is no such file or folder"),
         (["train", "-sc", "install=fsh"], "No completion plugin for 'fsh' found"),
     ],
 )  # fmt: skip

@@ -27,8 +27,15 @@ def limits(**values):
         ({"run": ""}, "run='' is not possible"),
         ({"trust": ["torch.nn"]}, "trust='torch.nn' is not possible"),
         ({"init": "a", "resume": "b"}, "init and resume are both set"),
-        ({"init": "nowhere.safetensors"}, "init=nowhere.safetensors: there is no such file."),
-        ({"resume": "nowhere"}, "resume=nowhere: there is no such file."),
+        (
+            {"init": "nowhere.safetensors"},
+            "init=nowhere.safetensors: there is no such file or folder: name one that exists.",
+        ),
+        ({"resume": "lats"}, "there is no such file or folder: did you mean 'last', or name one that exists."),
+        (
+            {"resume": "nowhere"},
+            "resume=nowhere: there is no such file or folder: choose one of: auto, last, never, or name",
+        ),
         ({"seed": 2**63}, "seed=9223372036854775808 is not possible: it is larger than 2^63 - 1"),
         ({"data": {"batch_size": 10**30, "source": {"_target_": "a.b"}}}, "data.batch_size=1000000000"),
     ],

@@ -60,6 +60,7 @@ def test_a_run_with_a_name_needs_no_other_words_to_go_on_and_evaluation_records_
     before = (folder / "command.txt").read_text()
     assert before.splitlines()[1:] == ["trainer train recipe=mine run=a --config-dir 'my own'"]
     assert main(["eval", "recipe=mine", "run=a", "seed=7", "--config-dir", "my own"]) == 0
+    assert main(["train", "recipe=mine", "run=a", "optimizer.lr=9", "--config-dir", "my own"]) == 2  # is refused
     assert (folder / "command.txt").read_text() == before
 
 

@@ -119,12 +119,21 @@ def test_a_start_that_does_not_fit_is_named_and_changes_nothing(tmp_path) -> Non
             {"weight": torch.ones(3, 2), "bias": torch.ones(2)},
             r"'weight' has shape \(3, 2\) there and \(2, 3\) in the model",
         ),
-        ({"weight": torch.ones(2, 3).double(), "bias": torch.ones(2)}, "'weight' is float64 there and float32"),
+        ({"weight": torch.ones(2, 3).long(), "bias": torch.ones(2)}, "'weight' is int64 there and float32"),
     ):
         save_file(state, tmp_path / "start")
         with pytest.raises(CheckpointError, match=sentence):
             finished.load_start(tmp_path / "start", model)
         assert bits(contents.model_state(model)) == before
+
+
+def test_a_start_in_another_precision_becomes_the_models_own(tmp_path) -> None:
+    state = {"weight": torch.full((2, 3), 1 / 3, dtype=torch.float64), "bias": torch.ones(2, dtype=torch.bfloat16)}
+    save_file(state, tmp_path / "start")
+    model = nn.Linear(3, 2)
+    finished.load_start(tmp_path / "start", model)
+    assert model.weight.dtype == model.bias.dtype == torch.float32
+    assert model.weight[0, 0].item() == torch.tensor(1 / 3).item() and model.bias[0].item() == 1
 
 
 def test_a_start_that_is_not_there_or_is_something_else(tmp_path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import CheckpointError, TrainerWarning
 from trainer.loggers.files import RECORDS, RecordFile, write_whole
 
 
@@ -54,7 +54,7 @@ def test_it_adds_to_what_is_there_unless_it_must_be_new(tmp_path: Path) -> None:
         file.write(text)
         file.close()
     assert path.read_bytes() == b"12"
-    with pytest.raises(ConfigError, match="log cannot be opened for writing"):
+    with pytest.raises(CheckpointError, match="log cannot be opened for writing"):
         RecordFile(path, new=True)
 
 
@@ -65,12 +65,44 @@ def test_a_full_disk_is_told_and_leaves_whole_records(tmp_path: Path) -> None:
     file.flush()
     with largest_file(100):
         file.write(b"y" * 60 + b"\n")
-        with pytest.raises(TrainerError, match=r"61 bytes could not be written to .*log .*bytes free.*free some space"):
+        with pytest.raises(
+            CheckpointError, match=r"61 bytes could not be written to .*log .*bytes free.*free some space"
+        ):
             file.flush()
-        with pytest.raises(TrainerError, match="could not be written"):
+        with pytest.raises(CheckpointError, match="could not be written"):
             file.write(b"z")
         file.close()
     assert path.read_bytes() == b"x" * 60 + b"\n"
+
+
+def test_where_training_goes_on_a_full_disk_is_told_once_and_later_records_are_tried(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    file = RecordFile(path, goes_on=True)
+    file.write(b"x" * 60 + b"\n")
+    file.flush()
+    with largest_file(100):
+        file.write(b"y" * 60 + b"\n")
+        with pytest.warns(
+            TrainerWarning, match=r"61 bytes could not be written .*Training goes on \(checkpoint.on_error"
+        ):
+            file.flush()
+        file.write(b"z" * 60 + b"\n")
+        file.flush()  # not told again
+    file.write(b"last\n")
+    file.close()
+    assert path.read_bytes() == b"x" * 60 + b"\n" + b"last\n"
+
+
+def test_where_training_goes_on_a_file_that_vanished_is_told_once(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "run" / "log", goes_on=True)
+    shutil.rmtree(tmp_path / "run")
+    file.write(b"1")
+    with pytest.warns(TrainerWarning, match="see that its folder is there and can be written to"):
+        file.flush()
+    file.write(b"2")
+    file.close()
+    with pytest.warns(TrainerWarning, match=r"picture.png cannot be written \(no such file"):
+        write_whole(tmp_path / "run" / "picture.png", b"first", goes_on=True)
 
 
 def test_a_file_that_vanished_is_told(tmp_path: Path) -> None:
@@ -78,7 +110,7 @@ def test_a_file_that_vanished_is_told(tmp_path: Path) -> None:
     file = RecordFile(folder / "log")
     shutil.rmtree(folder)
     file.write(b"1")
-    with pytest.raises(TrainerError, match="no such file"):
+    with pytest.raises(CheckpointError, match="no such file"):
         file.flush()
     file.close()
 
@@ -89,14 +121,14 @@ def test_a_file_that_was_replaced_is_told(tmp_path: Path) -> None:
     path.rename(tmp_path / "moved")
     path.write_bytes(b"another")
     file.write(b"1")
-    with pytest.raises(TrainerError, match="another file took its place"):
+    with pytest.raises(CheckpointError, match="another file took its place"):
         file.close()
     assert path.read_bytes() == b"another"
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="the folder .* cannot be made"):
+    with pytest.raises(CheckpointError, match="the folder .* cannot be made"):
         RecordFile(tmp_path / "file" / "run" / "log")
 
 
@@ -106,9 +138,12 @@ def test_a_whole_file_takes_the_place_of_another_or_leaves_it(tmp_path: Path) ->
     write_whole(path, b"second")
     assert [one.name for one in tmp_path.iterdir()] == ["picture.png"]
     assert path.read_bytes() == b"second"
-    with largest_file(3), pytest.raises(TrainerError, match=r"picture.png cannot be written \(file too large\): free"):
+    with (
+        largest_file(3),
+        pytest.raises(CheckpointError, match=r"picture.png cannot be written \(file too large\): free"),
+    ):
         write_whole(path, b"third")
     assert path.read_bytes() == b"second"
     assert [one.name for one in tmp_path.iterdir()] == ["picture.png"]
-    with pytest.raises(TrainerError, match=r"picture.png cannot be written \(no such file or directory\)"):
+    with pytest.raises(CheckpointError, match=r"picture.png cannot be written \(no such file or directory\)"):
         write_whole(tmp_path / "gone" / "picture.png", b"")

@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.util.tensor_util import make_ndarray
 
 from trainer.diagnose.history import History
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.loggers import screen
 from trainer.loggers.events import Found
 from trainer.loggers.heat_map import NO_GRADIENT, colours, draw
@@ -431,7 +431,7 @@ def test_records_are_on_disk_when_flushed_or_evaluated(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_and_a_step_before_the_start_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(CheckpointError, match="cannot be made"):
         TensorBoard(tmp_path / "file").start(logged.start())
     with pytest.raises(TrainerError, match=r"call start\(\.\.\.\) first"):
         TensorBoard(tmp_path).step(logged.report(1), 0.1)

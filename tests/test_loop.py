@@ -390,8 +390,12 @@ def test_every_logger_is_told_the_end_also_where_another_or_the_disk_fails(tmp_p
     with pytest.raises(OSError, match="no space"):
         simple(steps=1, loggers=[Fails(), watches]).fit()
     assert watches.names()[-1] == "stop"
-    (tmp_path / "checkpoints").write_text("")
-    watches = Watches()
+
+    class Blocks(Watches):
+        def step(self, report, seconds: float) -> None:
+            (tmp_path / "checkpoints").write_text("")
+
+    watches = Blocks()
     with pytest.raises(CheckpointError, match="step-000001 could not be written"):
         simple(steps=1, folder=tmp_path, loggers=[watches]).fit()
     assert watches.names()[-1] == "stop"

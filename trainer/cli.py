@@ -220,9 +220,10 @@ class Jobs:
             else:
                 go_on = self._go_on(config.words, folder, overrides)
                 if torchrun.is_first():
-                    with lock.held(folder):  # a second run must not write over what the first one says of itself
-                        record.write(folder, config.plain, [*_typed(), *overrides, *self._where], go_on)
-                value = verbs.train(config, door, folder, go_on, partial(self._again, config.words))
+                    with lock.held(folder):
+                        pass  # a second run is told at once, before its data is made
+                written = partial(record.write, folder, config.plain, [*_typed(), *overrides, *self._where], go_on)
+                value = verbs.train(config, door, folder, go_on, partial(self._again, config.words), written)
             if number is not None:
                 print(f"{prefix}{config.settings.best.metric} {value:g}", flush=True)
             return value

@@ -29,7 +29,7 @@ class DivergedError(TrainerError):
 
 
 class CheckpointError(TrainerError):
-    """A checkpoint that cannot be written, read or fitted to this run."""
+    """A checkpoint that cannot be written, read or fitted to this run, or a run's folder that cannot be written."""
 
     exit_code = 5
 

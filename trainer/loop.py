@@ -20,7 +20,7 @@ from trainer.device import device_of, placed
 from trainer.diagnose.health import Health
 from trainer.distributed.launch import ranks_for
 from trainer.due import Due
-from trainer.errors import ConfigError, DivergedError, GradientError, Paused, Stopped, TrainerError
+from trainer.errors import CheckpointError, ConfigError, DivergedError, GradientError, Paused, Stopped, TrainerError
 from trainer.evaluate import Metrics
 from trainer.feed import Feed
 from trainer.gradient.precision import width
@@ -121,7 +121,9 @@ class Trainer:
         self._held_out = HeldOut(
             evaluation_data, self.step, metrics, self.settings, self._device, self._signals, count_rows
         )
-        self._loggers = Together([] if ranks.rank else [*chosen(self.settings.loggers, self.folder), *loggers])
+        goes_on = self.settings.checkpoint.on_error == "warn"
+        own = chosen(self.settings.loggers, self.folder, goes_on)
+        self._loggers = Together([] if ranks.rank else [*own, *loggers])
         self._health = Health(self.step, self._loggers.found, self.settings, sources)
         self._held_out.evaluation.found = self._health.found
         parts: dict[str, Any] = {"evaluation": self._held_out, "health": self._health}
@@ -305,8 +307,8 @@ class Trainer:
                 self.step.cancel()
                 self._feed.take_back()
         name = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__
-        if isinstance(error, TrainerError):
-            self.go_on = None  # the same words would come to the same error
+        if isinstance(error, TrainerError) and not isinstance(error, CheckpointError):
+            self.go_on = None  # the same words would come to the same error, unless a disk has room again
         keep = self.state.pause if paused else self.state.finish
         if self.step.is_torn or isinstance(error, DivergedError) or (self._ranks and not paused):
             keep = self.state.leave
@@ -351,8 +353,10 @@ class Trainer:
         """Save, and tell the loggers, also where saving fails."""
         self._feed.close()
         try:
-            self._loggers.flush()
-            keep()
+            try:
+                self._loggers.flush()
+            finally:
+                keep()
         finally:
             files = self.state.files()
             stop = Stop(

@@ -230,7 +230,9 @@ class CheckpointSettings:
     )
     background: bool = setting(True, "write on a thread while training goes on", flat="checkpoint_background")
     on_error: Literal["stop", "warn"] = setting(
-        "stop", "what a save that fails does: stop the run, or warn and train on", flat="checkpoint_on_error"
+        "stop",
+        "what a save or a log that cannot be written does: stop the run, or warn and train on",
+        flat="checkpoint_on_error",
     )
     grace: float = setting(
         20.0, "seconds that a stop by a signal waits for the micro-batch to end before the window is given up", gt=0

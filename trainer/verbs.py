@@ -15,7 +15,7 @@ from trainer.config.door import Door
 from trainer.config.schema import RunConfig
 from trainer.distributed.launch import joined
 from trainer.distributed.ranks import Ranks
-from trainer.errors import ConfigError, WrongGradientError
+from trainer.errors import CheckpointError, ConfigError, WrongGradientError
 from trainer.loggers.files import make_folder
 from trainer.loggers.tensorboard import write_graph
 
@@ -24,14 +24,35 @@ if TYPE_CHECKING:
     from trainer.diagnose.replay import Replay
 
 
-def train(config: RunConfig, door: Door, folder: Path, go_on: str, again: Callable[[Path], str]) -> float:
-    """Train into the folder; `go_on` are the words that go on with it, `again` those that run a captured window again.
+class _AtStart:
+    """A logger that does something once the run is known to begin."""
 
-    Returns the metric that `best` names.
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def start(self, event: object) -> None:
+        del event
+        self._act()
+
+
+def train(
+    config: RunConfig,
+    door: Door,
+    folder: Path,
+    go_on: str,
+    again: Callable[[Path], str],
+    record: Callable[[], None],
+) -> float:
+    """Train into the folder. Returns the metric that `best` names.
+
+    Args:
+        go_on: the words that go on with the run.
+        again: those that run a captured window again.
+        record: writes down what the run is made from, once it begins: one that is refused must not write over that.
     """
     words = config.words
     with _ranks(config) as ranks:
-        trainer = build(config, door, Path(ranks.gather(folder.as_posix())[0]))
+        trainer = build(config, door, Path(ranks.gather(folder.as_posix())[0]), [_AtStart(record)])
         trainer.go_on = go_on
         trainer.capturing.words = again
         if words.init is not None:
@@ -109,7 +130,10 @@ def graph(config: RunConfig, door: Door, out: Path | None = None, all: bool = Fa
         sys.stdout.write(f"  {drawn.save(out)}\n")
     else:
         folder = Path("outputs") / (config.words.recipe or "run") / "graph"
-        make_folder(folder)
+        try:
+            make_folder(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{str(error).partition('): ')[0]}): name a file elsewhere (--out FILE).") from None
         path = drawn.save(folder / "graph.svg")
         write_graph(folder, drawn.picture)
         sys.stdout.write(f"  {path}\n  and for TensorBoard's GRAPHS tab: tensorboard --logdir {folder.as_posix()}\n")

@@ -18,6 +18,7 @@ SAFE = (
     "data.timeout", "data.evaluation_batch_size",
     "recipe", "description", "run", "resume", "accept", "init", "trust",
 )  # fmt: skip
+_WIDTHS = {"fp64": "float64", "bf16_true": "bfloat16"}
 _ABSENT = "(not there)"
 
 
@@ -41,7 +42,8 @@ def judged(
 
     `worlds`: on how many ranks it was saved and goes on; another number is another value of `distributed`.
 
-    Raises ConfigError that lists those that are not, with the words that accept them.
+    Raises ConfigError that lists those that are not, with the words that accept them; and where the parameters would
+    be of another dtype.
     """
     before, after = dict(_leaves(saved, "")), dict(_leaves(now, ""))
     if worlds[0] != worlds[1]:
@@ -55,6 +57,13 @@ def judged(
         for key in sorted({*before, *after})
         if not _equal(before.get(key, _ABSENT), after.get(key, _ABSENT))
     }
+    widths = [_WIDTHS.get(str(tree.get("precision")), "float32") for tree in (before, after)]
+    if widths[0] != widths[1]:
+        raise ConfigError(
+            f"{where} was saved with precision={before.get('precision')}, its numbers in {widths[0]}, and "
+            f"precision={after.get('precision')} trains in {widths[1]}: set it back, or begin another run from its "
+            f"parameters (init={where.as_posix()})."
+        )
     refused = [key for key in changed if not (_is_safe(key, before, after) or key in accept)]
     if refused:
         more = dict.fromkeys((*accept, *refused))

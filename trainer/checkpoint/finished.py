@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer import modes
-from trainer.checkpoint import folder, nested, store
+from trainer.checkpoint import folder, foreign, nested, store
 from trainer.checkpoint.of_model import load_model, model_state
 from trainer.errors import CheckpointError
 
@@ -45,25 +45,23 @@ def load_start(path: Path, model: Any) -> None:
     """Put the parameters of a checkpoint, of a `model.safetensors` or of a run's folder into the model (`init=PATH`).
 
     A run's folder means its `model.safetensors`, and where there is none yet its best checkpoint, or its last.
+    Numbers of another floating-point dtype become the model's own.
     """
     if path.is_dir() and not folder.is_checkpoint(path):
         path = path / MODEL if (path / MODEL).exists() else folder.best(path) or folder.found(path)
     elif not path.exists():
         path = folder.found(path)
     if path.is_dir():
-        load_model(model, store.load_model(path), path)
+        load_model(model, store.load_model(path), path, converts=True)
         return
     try:
         with safe_open(path, framework="pt") as file:
             if "trainer" in (file.metadata() or {}):
-                raise CheckpointError(
-                    f"{path} is a checkpoint of an earlier version, which was one file: this version reads folders, so "
-                    "train again, or read it with the version that wrote it."
-                )
+                raise foreign.of_earlier_version(path)
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from None
-    load_model(model, {**_tied(model, state), **state}, path)
+    load_model(model, {**_tied(model, state), **state}, path, converts=True)
 
 
 def _tied(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint import disk, manifest
+from trainer.checkpoint import disk, foreign, manifest
 from trainer.checkpoint.manifest import Manifest
 from trainer.errors import CheckpointError
 
@@ -88,6 +88,7 @@ def found(path: Path) -> Path:
         raise broken[-1]
     if not path.exists() and run == path:
         raise CheckpointError(f"{path} is not there: name a checkpoint or a run's folder.")
+    foreign.refuse(path)
     raise CheckpointError(
         f"{run} holds no {'best ' if path.name == 'best' else ''}checkpoint: name one, or a run's folder."
     )
@@ -123,6 +124,17 @@ def _put_aside(run: Path, name: str) -> bool:
     (run / name).rename(unused_in(run, f"{name}.previous"))
     disk.sync_folder(run)
     return True
+
+
+def check_way(run: Path) -> None:
+    """Raises CheckpointError where a file has the checkpoints' name, or a folder the finished model's."""
+    for path, is_folder in ((run / CHECKPOINTS, True), (run / foreign.MODEL, False)):
+        if os.path.lexists(path) and path.is_dir() != is_folder:
+            wanted = "a folder for the checkpoints" if is_folder else "a file for the finished model"
+            raise CheckpointError(
+                f"{path} is in the way, as {wanted} of that name is to be written: move it away, or give the run "
+                "another folder (run=NAME)."
+            )
 
 
 def pending(path: Path) -> Path:

@@ -62,13 +62,13 @@ class Lock:
         file = _held.pop(self._key)
         self._key = None
         try:
-            if os.name != "nt":
-                self._path.unlink(missing_ok=True)
-            file.close()
             if os.name == "nt":  # it removes nothing that is open
-                self._path.unlink(missing_ok=True)
+                file.close()
+            self._path.unlink(missing_ok=True)
         except OSError:
             pass  # the folder has gone, or another one has it already
+        finally:
+            file.close()
 
 
 @contextmanager

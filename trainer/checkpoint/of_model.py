@@ -34,8 +34,11 @@ def _of_plain_object(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def check_model(model: Any, state: Mapping[str, Tensor], where: Path | str) -> None:
-    """Raises CheckpointError naming the first tensor that does not fit the model."""
+def check_model(model: Any, state: Mapping[str, Tensor], where: Path | str, converts: bool = False) -> None:
+    """Raises CheckpointError naming the first tensor that does not fit the model.
+
+    Where `converts`, floating-point numbers of any width fit any other.
+    """
     own = model_state(model)
     missing = [name for name in own if name not in state]
     left_over = [name for name in state if name not in own]
@@ -53,6 +56,8 @@ def check_model(model: Any, state: Mapping[str, Tensor], where: Path | str) -> N
             raise CheckpointError(
                 f"{where}: '{name}' has shape {tuple(state[name].shape)} there and {tuple(tensor.shape)} in the model."
             )
+        if converts and tensor.is_floating_point() and state[name].is_floating_point():
+            continue
         if tensor.dtype != state[name].dtype:
             raise CheckpointError(
                 f"{where}: '{name}' is {_dtype(state[name])} there and {_dtype(tensor)} in the model: set precision as "
@@ -60,9 +65,9 @@ def check_model(model: Any, state: Mapping[str, Tensor], where: Path | str) -> N
             )
 
 
-def load_model(model: Any, state: Mapping[str, Tensor], where: Path | str) -> None:
+def load_model(model: Any, state: Mapping[str, Tensor], where: Path | str, converts: bool = False) -> None:
     """Put numbers into the model's own tensors. Raises CheckpointError, having changed none, where one does not fit."""
-    check_model(model, state, where)
+    check_model(model, state, where, converts)
     with torch.no_grad():
         if isinstance(model, nn.Module):
             model.load_state_dict(dict(state))

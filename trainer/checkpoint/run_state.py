@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import changes, contents, finished, folder, of_optimizers, of_ranks, store
+from trainer.checkpoint import changes, contents, finished, folder, foreign, of_optimizers, of_ranks, store
 from trainer.checkpoint.nested import Snapshot
 from trainer.checkpoint.saving import Saving
 from trainer.errors import CheckpointError, ConfigError, did_you_mean
@@ -173,8 +173,8 @@ class RunState:
             self._load(newest, state, accept)
         elif damaged:
             raise damaged[0]  # never taken for none at all
-        elif str(resume) == "last":
-            raise CheckpointError(f"{self._folder} holds no checkpoint to go on from: resume=auto begins anew.")
+        elif note := foreign.beside(self._folder, must_be=str(resume) == "last"):
+            self.notes.append(note)
         return newest
 
     def _newest(self, run: Path) -> tuple[Path | None, dict[str, Any], list[CheckpointError]]:

@@ -28,8 +28,17 @@ class Saving:
         self._lock = Lock(run)
 
     def begin(self) -> None:
-        """Lock the folder, and remove what a save that was cut off has left there. Raises CheckpointError."""
-        if self._lock.take():
+        """Lock the folder, and remove what a save that was cut off has left there.
+
+        Raises CheckpointError, also for what is in the way of a save that comes much later.
+        """
+        locks = self._lock.take()
+        try:
+            folder.check_way(self.run)
+        except CheckpointError:
+            self._lock.release()
+            raise
+        if locks:
             folder.sweep(self.run)
 
     def end(self) -> None:

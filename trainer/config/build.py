@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +40,14 @@ def judge(config: RunConfig, door: Door) -> None:
         door.judge(node, key, kind)
 
 
-def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer":
+def build(config: RunConfig, door: Door, folder: Path | None = None, loggers: Sequence[Any] = ()) -> "Trainer":
     """A Trainer with all that the config names, seeded before the model is made: `seed` determines the start.
 
     Args:
         config: from `schema.read`.
         door: what finds and calls the `_target_`s.
         folder: where the run writes; None writes nothing.
+        loggers: further ones, told before those of the config.
     """
 
     from trainer import kernels
@@ -73,7 +74,7 @@ def build(config: RunConfig, door: Door, folder: Path | None = None) -> "Trainer
         transforms=tuple(make(key) for key in config.transforms),
         skip_if=make("skip_if"),
         folder=folder,
-        loggers=tuple(make(f"loggers.others.{name}") for name in config.others),
+        loggers=(*loggers, *(make(f"loggers.others.{name}") for name in config.others)),
         recipe=config.words.recipe,
         settings=settings,
         config=dict(config.plain),

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer import torchrun
 from trainer.config.schema import RunConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, did_you_mean
 
 _ENDS = ("epochs", "steps", "rows", "time")
 _LARGEST = 2**63 - 1
@@ -34,7 +34,8 @@ def check(config: RunConfig, verb: str, recipes: Iterable[str]) -> None:
         )
     for key, file in (("init", words.init), ("resume", goes_on_from)):
         if file is not None and not Path(file).exists():
-            raise ConfigError(f"{key}={file}: there is no such file.")
+            near = f" {did_you_mean(file, ('auto', 'last', 'never'))[:-1]}, or" if key == "resume" else ""
+            raise ConfigError(f"{key}={file}: there is no such file or folder:{near} name one that exists.")
     for package in words.trust:
         if not package.isidentifier():
             raise ConfigError(f"trust={package!r} is not possible: name a package without dots.")

@@ -114,11 +114,15 @@ def run(loader: Loader, config: DictConfig, task: Callable[[DictConfig], Any]) -
             task_function=task, config=config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context
         )
     except OSError as error:  # the job itself lets none through: it is the folder that Hydra makes
-        raise CheckpointError(
-            f"the run's folder {config.hydra.run.dir} cannot be written ({error.strerror or error}): start where there "
-            "is room and permission to write, or give hydra.run.dir=FOLDER."
-        ) from error
+        raise _no_folder("run", config.hydra.run.dir, error) from error
     callbacks.on_run_end(config=config, config_name=config.hydra.job.config_name, job_return=job)
+
+
+def _no_folder(what: str, folder: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the {what}'s folder {folder} cannot be written ({error.strerror or error}): start where there is room and "
+        f"permission to write, or give hydra.{what}.dir=FOLDER."
+    )
 
 
 def multirun(
@@ -146,6 +150,8 @@ def multirun(
                 raise ConfigError(explain(error, words, lambda: Known({}, {}))) from error
             if not all(isnan(value) for _, value in jobs):
                 print(f"the sweeper stopped: {' '.join(str(error).split())}", file=sys.stderr)
+        except OSError as error:  # the jobs let none through
+            raise _no_folder("sweep", config.hydra.sweep.dir, error) from error
         callbacks.on_multirun_end(config=config, config_name=name)
     return config, jobs
 

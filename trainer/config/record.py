@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from trainer.errors import TrainerError
+from trainer.errors import CheckpointError
 
 CONFIG = "config.yaml"
 COMMAND = "command.txt"
@@ -32,4 +32,6 @@ def write(folder: Path, plain: Mapping[str, Any], again: Sequence[str], go_on: s
         (folder / CONFIG).write_text(f"# {command}\n{values}", encoding="utf-8")
         (folder / COMMAND).write_text("\n".join([*lines, ""]), encoding="utf-8")
     except OSError as error:
-        raise TrainerError(f"{folder}: the run cannot be recorded there ({error}): give it another folder.") from error
+        raise CheckpointError(
+            f"{folder}: the run cannot be recorded there ({error.strerror or error}): give it another folder."
+        ) from error

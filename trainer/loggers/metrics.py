@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.gradient.report import Report
 from trainer.loggers.events import Evaluated, Found, Start, Stop
 from trainer.loggers.files import RecordFile, make_folder
@@ -35,12 +35,13 @@ class Metrics:
     """Writes metrics.jsonl into the folder.
 
     A run that goes on from a checkpoint cuts the file to what happened up to it; one that starts anew puts a file
-    that is there aside as metrics.previous.jsonl. Raises ConfigError where the file cannot be opened or cut, and
-    TrainerError where writing fails.
+    that is there aside as metrics.previous.jsonl. Raises CheckpointError where the file cannot be opened, cut or
+    written; with `goes_on` what cannot be written is a warning.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, goes_on: bool = False) -> None:
         self.path = Path(folder) / NAME
+        self._goes_on = goes_on
         self._file: RecordFile | None = None
 
     def start(self, event: Start) -> None:
@@ -52,10 +53,10 @@ class Metrics:
             elif self.path.exists():
                 self.path.replace(self.path.with_name(PREVIOUS))
         except OSError as error:
-            raise ConfigError(
+            raise CheckpointError(
                 f"{self.path} cannot be made ready ({error.strerror}): free some space, or choose another folder."
             ) from error
-        self._file = RecordFile(self.path)
+        self._file = RecordFile(self.path, goes_on=self._goes_on)
 
     def step(self, report: Report, seconds: float) -> None:
         self._write(_facts("step", report) | {"seconds": round(seconds, 6)})

@@ -45,6 +45,7 @@ class TensorBoard:
         histograms: of parameters and gradients, every so many ticks of the clock (None: none).
         layer_norms: the norm of each parameter and of its gradient, every so many ticks (None: none).
         clock: the clock of these ticks; both come with the first report that is due.
+        goes_on: whether what cannot be written is a warning and no error.
 
     Tags: eval/, gradient/, loss/, memory/ (MiB), optimizer/ and time/ (clocks and rates), and where asked for
     gradient_norm/ and parameter_norm/ (scalars), gradients/ and parameters/ (histograms) with the parameters' names.
@@ -52,7 +53,7 @@ class TensorBoard:
     the clock that `Start.step_clock` names; a clock that tells nothing beside it (zero, or the same count) has no tag.
     A value that is not finite is left out, a gap in its chart, and counted as `gradient/nonfinite`. Each start opens
     a new file that tells TensorBoard to forget what older files there hold after the step that the run goes on from.
-    Raises ConfigError where the file cannot be opened, and TrainerError where writing fails.
+    Raises CheckpointError where the file cannot be opened or written.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class TensorBoard:
         histograms: int | None = None,
         layer_norms: int | None = None,
         clock: str = "steps",
+        goes_on: bool = False,
     ) -> None:
         # Here, so that a run without TensorBoard does not pay for its import.
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self.folder = Path(folder)
+        self.folder, self._goes_on = Path(folder), goes_on
         self.path: Path | None = None
         self.nonfinite = 0
         self._new_event = Event
@@ -88,7 +90,7 @@ class TensorBoard:
 
     def start(self, event: Start) -> None:
         self._close()
-        self._file = _open(self.folder)
+        self._file = _open(self.folder, self._goes_on)
         self.path = self._file.path
         self._axis = event.step_clock
         self._rate = Rate(event.clocks)
@@ -195,7 +197,7 @@ class TensorBoard:
                 self._add(board.text(self._new_event, self._step_of(event.clocks), "gradient health", words))
             if self._file is not None and self._map is not None and self._map.history.rows:
                 self._map.tell(event.health[0] if event.health else "")
-                write_whole(self.folder / HEAT_MAP_FILE, self._draw(self._map, event.clocks))
+                write_whole(self.folder / HEAT_MAP_FILE, self._draw(self._map, event.clocks), self._goes_on)
             if self._file is not None and self._has_session:
                 self._add(board.session_end(self._new_event, not event.reason.startswith("stopped by")))
         finally:
@@ -286,7 +288,7 @@ def _as_clocks(counts: dict[str, int]) -> Clocks:
     return clocks
 
 
-def _open(folder: Path) -> RecordFile:
+def _open(folder: Path, goes_on: bool = False) -> RecordFile:
     """A new event file whose name sorts behind those that are there: that is the order in which TensorBoard reads."""
     make_folder(folder)
     seconds = int(time.time())
@@ -294,4 +296,4 @@ def _open(folder: Path) -> RecordFile:
         stamp = path.name.removeprefix(_PREFIX).split(".")[0]
         if stamp.isdecimal():
             seconds = max(seconds, int(stamp) + 1)
-    return RecordFile(folder / f"{_PREFIX}{seconds:010d}.{getpid()}", new=True)
+    return RecordFile(folder / f"{_PREFIX}{seconds:010d}.{getpid()}", new=True, goes_on=goes_on)
