@@ -5,8 +5,10 @@ from ranks import over_ranks
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import Sum, certify
+from trainer import Step, Sum, certify
+from trainer.certificate.entry import certify_step
 from trainer.distributed.many import ManyProcesses
+from trainer.optim import sgd
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -40,6 +42,20 @@ def test_two_ranks_with_windows_of_other_lengths_pass() -> None:
     for made in over_ranks(certified):
         assert made["passed"], made
         assert made["micro_batches"] == 3 and made["error"] < 1e-6 and made["cut_error"] < 1e-12
+
+
+def without_rows(rank: int, world: int):
+    made = certify(net(), Weighed(1.0), None, window(0), ranks=ManyProcesses()) if not rank else None
+    if made is None:
+        model = net()
+        step = Step(model, Weighed(1.0), sgd(model.parameters(), lr=0.1), ranks=ManyProcesses())
+        made = certify_step(step, [], {})
+    return made.as_dict()
+
+
+def test_a_rank_without_a_micro_batch_takes_part() -> None:
+    for made in over_ranks(without_rows):
+        assert made["passed"] and made["micro_batches"] == 2, made
 
 
 def test_a_rank_that_counts_its_rows_otherwise_is_named_by_both() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainer import modes, rng
 from trainer.data.sources import source_of
 from trainer.device import placed
+from trainer.errors import ConfigError
 from trainer.gradient.precision import width
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def graph(trainer: "Trainer", every_node: bool) -> "Graph":
     from trainer.diagnose.graph import graph
 
     with _next_window(trainer) as window:
+        if not window:
+            raise ConfigError("this rank has no micro-batch in the first window: draw the graph on the first rank.")
         return graph(trainer.model, trainer.step.objective, window[0], every_node=every_node)
 
 

@@ -205,9 +205,12 @@ class Step:
             )
         return report
 
-    def gradient(self) -> dict[str, Tensor]:
-        """The open window's true gradient by name, over all ranks, before any clip. After it only cancel() is left."""
-        open_ = self._begin(None) if self._open is None and self.reducer is not None else self._open
+    def gradient(self, window: Sequence[Any] | None = None) -> dict[str, Tensor]:
+        """The open window's true gradient by name, over all ranks, before any clip. After it only cancel() is left.
+
+        A rank that has no micro-batch of a window that was given whole to the others gives its own, which is empty.
+        """
+        open_ = self._begin(window) if self._open is None and self.reducer is not None else self._open
         if open_ is None:
             raise ConfigError("gradient() came without an open window: call accumulate(micro_batch) before it.")
         open_.check_whole()

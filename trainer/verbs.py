@@ -109,9 +109,12 @@ def rows(config: RunConfig, door: Door, most: int = 20, json: bool = False) -> f
     path = _checkpoint(config)
     if path is None:
         raise ConfigError("rows looks at the data with a trained model: give run=NAME, or init=PATH.")
-    trainer = build(config, door)
-    trainer.load(path)
-    found = trainer.largest_gradients(most)
+    with _ranks(config) as ranks:
+        trainer = build(config, door)
+        if ranks.rank:
+            return math.nan  # the first rank looks at all rows
+        trainer.load(path)
+        found = trainer.largest_gradients(most)
     if json:
         sys.stdout.write(encode({"recipe": config.words.recipe, **found.as_dict()}) + "\n")
     else:
@@ -124,7 +127,11 @@ def graph(config: RunConfig, door: Door, out: Path | None = None, all: bool = Fa
 
     Returns how many boxes it has.
     """
-    drawn = build(config, door).graph(every_node=all)
+    with _ranks(config) as ranks:
+        trainer = build(config, door)
+        if ranks.rank:
+            return math.nan  # one drawing is enough
+        drawn = trainer.graph(every_node=all)
     sys.stdout.write(f"{drawn.title}\n")
     if out is not None:
         sys.stdout.write(f"  {drawn.save(out)}\n")

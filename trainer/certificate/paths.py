@@ -97,7 +97,7 @@ class StepPath:
                 for micro_batch in window:
                     step.accumulate(micro_batch, window)
             self.writes = self.writes or counts
-            found = step.gradient()
+            found = step.gradient(window)
             look()
             return found
         finally:
