@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from trainer import Trainer
+from trainer.cli import main
 from trainer.data import order
 from trainer.errors import Stopped
 from trainer.optim import adamw, sgd
@@ -412,3 +413,31 @@ def test_the_order_is_a_function_of_seed_epoch_rank_and_world_size() -> None:
     for rank in (0, 1):
         mine = torch.cat(batches[rank::2]).tolist()
         assert first[rank]["seen"][: len(mine)] == mine
+
+
+def draws(rank, world, folder):
+    """The verb `graph` as torchrun has it run; XOR's four rows are one micro-batch, so the second rank has none."""
+    under = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "-",
+        "MASTER_PORT": "-",
+    }
+    before, said = os.getcwd(), io.StringIO()
+    os.chdir(folder)
+    os.environ |= under
+    try:
+        with contextlib.redirect_stdout(said):
+            code = main(["graph", "recipe=xor_mlp", "distributed=ddp", "--out", "graph.svg"])
+    finally:
+        os.chdir(before)
+        for name in under:
+            del os.environ[name]
+    return code, said.getvalue()
+
+
+def test_a_graph_is_drawn_once(tmp_path) -> None:
+    (code, said), other = over_ranks(draws, str(tmp_path))
+    assert code == 0 and "MLP: 4 operations" in said and other == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["graph.svg"]
