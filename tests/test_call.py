@@ -1,4 +1,4 @@
-"""A word from one rank to the others: heard within a second, of this call only, and looked for at most once a second."""
+"""A word from one rank to the others: heard within a second, of this call only, looked for at most once a second."""
 
 import time
 
