@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import Split
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError, did_you_mean
 from trainer.gradient.objective import Sum
 
 
@@ -31,12 +31,20 @@ def images(held_out: int = 360, seed: int = 0) -> Split:
     return Split(train=(inputs[train], classes[train]), evaluation=(inputs[test], classes[test]))
 
 
-def mlp(width: int = 128, depth: int = 2) -> nn.Sequential:
-    """64 pixels, `depth` hidden layers, ten logits. A Sequential, so that activation checkpointing can cut it."""
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "gelu": nn.GELU}
+
+
+def mlp(width: int = 128, depth: int = 2, activation: str = "relu") -> nn.Sequential:
+    """64 pixels, `depth` hidden layers, ten logits. A Sequential, so that activation checkpointing can cut it.
+
+    Raises ConfigError for an activation that is not one of ACTIVATIONS.
+    """
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"model.activation={activation} is none of these: {did_you_mean(activation, ACTIVATIONS)}")
     layers: list[nn.Module] = []
     size = 64
     for _ in range(depth):
-        layers += [nn.Linear(size, width), nn.ReLU()]
+        layers += [nn.Linear(size, width), ACTIVATIONS[activation]()]
         size = width
     return nn.Sequential(*layers, nn.Linear(size, 10))
 

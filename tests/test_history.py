@@ -86,6 +86,18 @@ def test_a_run_that_ends_in_skips_has_a_column_for_them() -> None:
     assert history.places == [2, 3]
 
 
+def test_where_the_loss_is_not_finite_no_gradient_counts_as_one_that_is() -> None:
+    history = History()
+    step = ran(history, [1.0])
+    with torch.no_grad():
+        step.parameters.by_name["1.bias"].fill_(1e20)  # whose square is infinite, and the derivative of that is not
+    report = step([(torch.ones(2, 3), 1.0)])
+    history.skip(step.parameters.by_name, report)
+    assert all(bool(one.grad.isfinite().all()) for one in step.parameters.by_name.values())
+    history.look(step.parameters.by_name, report)
+    assert history.rows[1] == [math.inf, math.inf]
+
+
 def test_columns_are_merged_and_none_of_the_run_is_lost() -> None:
     history = History(columns=4)
     factors = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]

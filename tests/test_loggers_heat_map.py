@@ -46,7 +46,7 @@ def colour(norm: float) -> tuple[int, ...]:
     return tuple(colours(np.array([norm]))[0].tolist())
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (12, 40), (48, 240)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (12, 40), (48, 200)])
 def test_every_cell_has_the_colour_of_its_norm(rows: int, columns: int) -> None:
     norms = [[10.0 ** (-9 + 14 * ((r * 7 + c) % 29) / 28) for c in range(columns)] for r in range(rows)]
     assert cells(pixels(history(norms)), rows, columns) == [
@@ -74,6 +74,8 @@ def test_a_skip_is_marked_above_its_column_and_nothing_is_where_none_was() -> No
     rows = [[1.0] * 10]
     without = pixels(history(rows))
     assert not (without == SKIP).all(axis=2).any()
+    assert (pixels(history(rows), "not well: skipped") == SKIP).all(axis=2).any()
+    assert not (pixels(history(rows), "good: median norm 1") == SKIP).all(axis=2).any()
     marked = pixels(history(rows, skips=[0, 0, 0, 0, 0, 0, 0, 3, 0, 0]))
     red = np.argwhere((marked == SKIP).all(axis=2))
     triangle = red[red[:, 1] > red[:, 1].max() - 11]

@@ -11,7 +11,7 @@ from trainer.diagnose.instrument import Instrument
 from trainer.gradient import norms
 from trainer.gradient.report import Report
 
-COLUMNS = 240
+COLUMNS = 200
 """At so many, two neighbours become one: a long run costs no more than a short one."""
 LAYERS = 48
 """Above so many, names are cut shorter until neighbours fall together."""
@@ -58,6 +58,8 @@ class History(Instrument):
         gradients = {name: one.grad for name, one in parameters.items() if one.grad is not None}
         # What is finite among them may still be multiplied by a loss scale: only what is not is worth a mark.
         wrong = {name for name, norm in norms.each(gradients).items() if not math.isfinite(norm)}
+        if report.weight and not math.isfinite(report.loss):
+            wrong.update(parameters)  # a finite derivative of what is not finite says nothing
         self._add([NOT_FINITE if wrong.intersection(names) else NO_GRADIENT for names in self.layers.values()])
 
     def _make_room(self, parameters: Mapping[str, Tensor], clocks: Mapping[str, int]) -> None:

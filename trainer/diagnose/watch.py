@@ -21,6 +21,8 @@ VANISHED = 1e-5
 vanished: in a chain of sigmoids a layer keeps at most a quarter, so some nine layers are enough for it."""
 EXPLODED = 100.0
 """How many times the median of the norms so far."""
+DOWN_AGAIN = 10.0
+"""An explosion is over where the norm is at most so many times what was usual before."""
 IN_A_ROW = 3
 _REMEMBERED = 50
 
@@ -87,14 +89,14 @@ class Watch(Instrument):
         still, over = self._parted("vanished", self._small)
         if still:
             found.append(("vanishing", f"{listed(still)} since step {self._first('vanished', still)}{self._extremes}"))
-        if over:
+        elif over:
             found.append(("vanished", f"{listed(over)} for a while, from step {self._first('vanished', over)} on"))
         gone, _ = self._parted("stopped", self._missing)
         if gone:
             found.append(("stopped", f"no gradient reaches {listed(gone)} since step {self._first('stopped', gone)}"))
         if "exploded" in self._since:
             at = f"step {self._since['exploded']:,}, up to {self._high:.3g} where {self._usual:.3g} was usual"
-            lasts = not self._norms or self._norms[-1] > EXPLODED * self._usual
+            lasts = not self._norms or self._norms[-1] > DOWN_AGAIN * self._usual
             found.append(("exploding", f"since {at}") if lasts else ("exploded", f"at {at}; it came down again"))
         if "not finite" in self._since:
             found.append(("not finite", f"the norm at step {self._since['not finite']:,}, and the step was taken"))

@@ -32,11 +32,16 @@ INK: Colour = (32, 33, 36)
 FAINT: Colour = (110, 110, 115)
 PAPER: Colour = (255, 255, 255)
 
-PLOT = 720
-"""Pixels that the run has from left to right, at the most."""
-SMALLEST_ROW, LARGEST_ROW = 16, 34
-_LABELS = 220
-_TEXT = 15
+GOOD: Colour = (0, 115, 60)
+
+PLOT = 430
+"""Pixels that the run has from left to right. The whole is as narrow as TensorBoard's cards, so that words stay legible
+there."""
+SMALLEST_ROW, LARGEST_ROW = 17, 34
+_LABELS = 150
+_TEXT = 17
+_MARGIN = 14
+_LINE = 23
 
 
 class HeatMap:
@@ -90,35 +95,36 @@ def draw(history: History, caption: str = "") -> tuple[bytes, int, int]:
     norms = np.array(history.rows, np.float64).T
     layers, columns = norms.shape
     row = max(SMALLEST_ROW, min(LARGEST_ROW, 340 // layers))
-    column = max(1, min(48, PLOT // columns))
-    width, height = column * columns, row * layers
+    column = min(PLOT / 8, PLOT / columns)
+    width, height = round(column * columns), row * layers
     text, small = ImageFont.load_default(_TEXT), ImageFont.load_default(_TEXT - 2)
     heading = ImageFont.load_default(_TEXT + 3)
     labels = [_shortened(name, small) for name in history.layers]
-    left = 16 + max(56, *(math.ceil(small.getlength(label)) for label in labels)) + 8
-    words = _lines(caption, small, PLOT + left - 16)
-    top = 16 + 26 + 20 * len(words) + 26
-    whole = Image.new("RGB", (left + max(width, PLOT) + 28, top + height + 118), PAPER)
+    left = _MARGIN + max(60, *(math.ceil(small.getlength(label)) for label in labels)) + 8
+    words = _lines(caption, text, PLOT + left - _MARGIN)
+    top = _MARGIN + 28 + _LINE * len(words) + 24
+    whole = Image.new("RGB", (left + PLOT + 34, top + height + 146), PAPER)
     pen = ImageDraw.Draw(whole)
 
-    pen.text((16, 12), "Gradient norm of each layer", INK, heading)
+    pen.text((_MARGIN, 10), "Gradient norm of each layer", INK, heading)
+    tone = SKIP if caption.startswith("not well") else GOOD if caption.startswith("good") else INK
     for number, line in enumerate(words):
-        pen.text((16, 40 + 20 * number), line, INK, small)
+        pen.text((_MARGIN, 38 + _LINE * number), line, tone, text)
     pixels = Image.fromarray(colours(norms))
     whole.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (left, top))
     pen.rectangle((left - 1, top - 1, left + width, top + height), outline=FAINT)
     for number, label in enumerate(labels):
         pen.text((left - 8, top + row * number + row / 2), label, INK, small, anchor="rm")
     _marks(pen, history, left, top, column, small)
-    _ticks(pen, history, left, top + height, column, text)
-    _legend(pen, left, top + height + 66, small)
+    _ticks(pen, history, left, top + height, column, small)
+    _legend(pen, left, top + height + 58, small)
 
     file = io.BytesIO()
     whole.save(file, "PNG")
     return file.getvalue(), whole.width, whole.height
 
 
-def _marks(pen: "ImageDraw", history: History, left: int, top: int, column: int, font: Any) -> None:
+def _marks(pen: "ImageDraw", history: History, left: int, top: int, column: float, font: Any) -> None:
     marked = [number for number, count in enumerate(history.skips) if count]
     for number in marked:
         middle = left + column * number + column / 2
@@ -127,39 +133,33 @@ def _marks(pen: "ImageDraw", history: History, left: int, top: int, column: int,
         pen.text((left - 8, top - 9), "skipped", SKIP, font, anchor="rm")
 
 
-def _ticks(pen: "ImageDraw", history: History, left: int, bottom: int, column: int, font: Any) -> None:
+def _ticks(pen: "ImageDraw", history: History, left: int, bottom: int, column: float, font: Any) -> None:
     """A few places of the clock below the map, as many as there is room for, the last one among them."""
     places = history.places
     last = len(places) - 1
-    room = max(1, min(6, column * len(places) // 90))
-    shown = sorted({round(last * part / room) for part in range(room + 1)})
-    if column * len(places) < 70:
-        shown = [last]
-    for number in shown:
+    parts = int(min(last, 4, column * last // 80))
+    for number in sorted({round(last * part / parts) for part in range(parts + 1)} if parts else {last}):
         middle = left + column * number + column / 2
         pen.line((middle, bottom + 1, middle, bottom + 6), FAINT)
         pen.text((middle, bottom + 8), f"{places[number]:,}", INK, font, anchor="ma")
-    pen.text((left + column * len(places) / 2, bottom + 29), history.clock.replace("_", "-"), INK, font, anchor="ma")
+    pen.text((left + column * len(places) / 2, bottom + 27), history.clock.replace("_", "-"), INK, font, anchor="ma")
 
 
 def _legend(pen: "ImageDraw", left: int, top: int, font: Any) -> None:
     low, high = SCALE[0][0], SCALE[-1][0]
-    width = 360
     pen.text((left - 8, top + 7), "norm", INK, font, anchor="rm")
-    bar = colours(10.0 ** np.linspace(low, high, width))
+    bar = colours(10.0 ** np.linspace(low, high, PLOT))
     for offset, colour in enumerate(bar.tolist()):
         pen.line((left + offset, top, left + offset, top + 14), tuple(colour))
     for power in range(int(low), int(high) + 1, 2):
-        at = left + (power - low) / (high - low) * (width - 1)
+        at = left + (power - low) / (high - low) * (PLOT - 1)
         pen.line((at, top + 14, at, top + 18), FAINT)
         pen.text((at, top + 20), "1" if power == 0 else f"1e{power}", INK, font, anchor="ma")
-    beside = left + width + 34
-    for index, (colour, meaning) in enumerate(
-        [(NOT_FINITE, "not finite"), (ZERO, "zero"), (NO_GRADIENT, "no gradient")]
-    ):
-        at = beside + 112 * index
-        pen.rectangle((at, top, at + 14, top + 14), fill=colour, outline=FAINT)
-        pen.text((at + 21, top + 7), meaning, INK, font, anchor="lm")
+    meanings = [(NOT_FINITE, "not finite"), (ZERO, "zero"), (NO_GRADIENT, "no gradient")]
+    for index, (colour, meaning) in enumerate(meanings):
+        at = left + 145 * index
+        pen.rectangle((at, top + 49, at + 14, top + 63), fill=colour, outline=FAINT)
+        pen.text((at + 21, top + 56), meaning, INK, font, anchor="lm")
 
 
 def _shortened(name: str, font: Any) -> str:
