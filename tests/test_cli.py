@@ -370,3 +370,25 @@ def test_our_warnings_are_a_sentence_and_those_of_others_stay_what_they_are(caps
     assert warnings.showwarning is before
     assert [str(one.message) for one in others] == ["theirs"]
     assert capsys.readouterr().err == "warning: it is so.\n"
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(capsys, monkeypatch):
+    class Interrupts:
+        def find_spec(self, name, path=None, target=None):
+            if name == "trainer.cli":
+                raise KeyboardInterrupt
+
+    from trainer import __main__
+
+    monkeypatch.delitem(sys.modules, "trainer.cli")
+    monkeypatch.delattr("trainer.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    assert __main__.main() == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C.\n"
+
+
+def test_a_terminal_that_cannot_show_a_letter_is_no_reason_to_end(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    words = [sys.executable, "-m", "trainer", "recipes"]
+    done = subprocess.run(words, capture_output=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0 and b"scalar" in done.stdout and not done.stderr

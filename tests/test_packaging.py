@@ -77,7 +77,7 @@ def test_a_wheel_holds_every_file(wheel: Path) -> None:
         names = {name for name in opened.namelist() if ".dist-info/" not in name}
         commands = opened.read(next(name for name in opened.namelist() if name.endswith("entry_points.txt"))).decode()
     assert names == sources()
-    assert commands.split() == ["[console_scripts]", "trainer", "=", "trainer.cli:main"]
+    assert commands.split() == ["[console_scripts]", "trainer", "=", "trainer.__main__:main"]
 
 
 MY_RECIPE = """# @package _global_

@@ -270,3 +270,18 @@ def test_a_state_of_another_kind_of_schedule_is_a_sentence() -> None:
                 CheckpointError, match=f"was saved with {saved}, and this run's schedule is {now}: give"
             ):
                 loader.load_state_dict(saver.state_dict())
+
+
+def test_a_scheduler_of_torch_that_keeps_its_old_rate_is_told() -> None:
+    def made(lr: float) -> tuple[torch.optim.Optimizer, Rates]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+        return optimizer, Rates(torch.optim.lr_scheduler.StepLR(optimizer, 3), [optimizer])
+
+    _, before = made(0.1)
+    _, same = made(0.1)
+    same.load_state_dict(before.state_dict())
+    same.check_accepted()
+    _, changed = made(0.5)
+    changed.load_state_dict(before.state_dict())
+    with pytest.raises(ConfigError, match=r"changed to 0.5, but StepLR goes on with the 0.1 that it was saved with"):
+        changed.check_accepted()

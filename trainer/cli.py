@@ -29,6 +29,8 @@ USERS_OWN = 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 1 the user's own exception, else that of the error's class."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter is no reason to end
     shown = warnings.showwarning
     warnings.showwarning = partial(_show_warning, shown)
     try:

@@ -225,6 +225,7 @@ class RunState:
             for optimizer, groups in zip(optimizers, groups_here, strict=True):
                 for group, values in zip(optimizer.param_groups, groups, strict=True):
                     group.update({name: value for name, value in values.items() if name != "params"})
+            self._step.rates.check_accepted()
         self.notes += [*said, *changes.moved(run.pop("machine"), self._machine())]
         parts = run.pop("parts")
         for name, part in self._parts.items():

@@ -106,6 +106,19 @@ class Rates:
         if self._torch is not None:
             self._torch.load_state_dict(dict(state["state"]))
 
+    def check_accepted(self) -> None:
+        """After a resume with rates that were changed meanwhile. Raises ConfigError where a scheduler of torch, whose
+        state holds the old ones, would go on with those."""
+        if self._torch is None:
+            return
+        rates = [group.get("initial_lr") for group in self._torch.optimizer.param_groups]
+        if rates != list(self._torch.base_lrs):
+            raise ConfigError(
+                f"the learning rate was changed to {rates[0]:g}, but {self._kind()} goes on with the "
+                f"{self._torch.base_lrs[0]:g} that it was saved with: use a schedule of trainer.optim, which follows "
+                "the new one, or set it back."
+            )
+
     def _kind(self) -> str | None:
         return None if self._torch is None else type(self._torch).__name__
 
