@@ -568,3 +568,45 @@ def test_a_loss_of_torch_is_an_objective_as_it_stands() -> None:
         reports.append(step([(inputs[:4], targets[:4]), (inputs[4:], targets[4:])]))
     assert len({round(report.loss, 6) for report in reports}) == 1
     assert reports[0].weight == 6
+
+
+def test_the_open_windows_true_gradient_can_be_had_without_a_step() -> None:
+    model = mlp()
+    sizes = [3, 1, 2]
+    step = Step(model, mean_over_rows, sgd(model.parameters(), lr=0.1), clip_norm=1e-3)
+    with pytest.raises(ConfigError, match=r"gradient\(\) came without an open window"):
+        step.gradient()
+    expected = window_gradient(model, cut(rows(6), sizes), "mean")
+    before = state_of(model)
+    for micro_batch in cut(rows(6), sizes):  # one by one: a divisor is left over
+        step.accumulate(micro_batch)
+        assert step.is_open
+    found = step.gradient()
+    assert farthest(found, expected) <= 1e-14
+    assert all(found[name] is not parameter.grad for name, parameter in model.named_parameters())
+    assert differing(before, state_of(model)) == [] and step.clocks.windows == 0
+    step.cancel()
+    assert not step.is_open
+    # A micro-batch that raised is there in part.
+    step.accumulate(cut(rows(6), sizes)[0])
+    with pytest.raises(RuntimeError):
+        step.accumulate((torch.ones(2, 7, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)))
+    assert not step.is_open
+    with pytest.raises(ConfigError, match="call cancel"):
+        step.gradient()
+
+
+def test_a_term_that_is_held_apart_is_in_the_true_gradient() -> None:
+    model = mlp()
+
+    def two(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> dict[str, Sum]:
+        wrong = (model(micro_batch[0]) - micro_batch[1]).square().mean(1)
+        return {"all": Sum(wrong.sum(), len(wrong)), "first": Sum(wrong[:1].sum(), 1)}
+
+    step = Step(model, two, sgd(model.parameters(), lr=0.1))
+    parts = cut(rows(6), [3, 1, 2])
+    for part in parts:
+        step.accumulate(part)
+    first = [tuple(tensor[:1] for tensor in part) for part in parts]
+    whole, ones = window_gradient(model, parts, "mean"), window_gradient(model, first, "mean")
+    assert farthest(step.gradient(), {name: whole[name] + ones[name] for name in whole}) <= 1e-14
