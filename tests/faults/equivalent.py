@@ -8,8 +8,8 @@ _STORE = [
     "tests/faults/test_store_damage.py", "tests/test_manifest.py", "tests/test_init.py", "tests/test_finished.py",
 ]  # fmt: skip
 _WINDOW = [
-    "tests/test_open_window.py", "tests/test_step.py", "tests/test_step_state.py", "tests/test_weights.py",
-    "tests/test_skips.py", "tests/test_apart.py", "tests/test_objective.py", "tests/test_two_paths.py",
+    "tests/test_open_window.py", "tests/test_step_state.py", "tests/test_weights.py", "tests/test_skips.py",
+    "tests/test_apart.py", "tests/test_objective.py",
 ]  # fmt: skip
 _STEP = [
     "tests/test_step.py", "tests/test_step_state.py", "tests/test_skips.py", "tests/test_step_on_device.py",
@@ -18,12 +18,12 @@ _STEP = [
     "tests/test_saved.py", "tests/test_weights.py",
 ]  # fmt: skip
 TARGETS = {
-    "trainer/step.py": _STEP,
-    "trainer/gradient/open_window.py": _WINDOW,
-    "trainer/gradient/skips.py": _STEP,
     "trainer/data/windows.py": ["tests/test_windows.py"],
-    "trainer/checkpoint/store.py": _STORE,
     "trainer/checkpoint/disk.py": _STORE,
+    "trainer/checkpoint/store.py": _STORE,
+    "trainer/gradient/open_window.py": _WINDOW,
+    "trainer/step.py": _STEP,
+    "trainer/gradient/skips.py": _STEP,
 }
 
 # (file, function, what) -> why. The text of a change may be given by its beginning.

@@ -7,7 +7,7 @@ Rules: drop a statement, swap two neighbours, move a whole number by one, turn a
 import ast
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,11 @@ def mutants(file: str) -> list[Mutant]:
     return made
 
 
+def unchanged(mutant: Mutant) -> Mutant:
+    """The same file as it is: tests that fail with it say nothing of a mutant."""
+    return replace(mutant, change=("nothing",))
+
+
 def _places(node: ast.AST, place: str, statement: ast.stmt | None, inside: bool) -> Iterator[tuple[ast.AST, _Place]]:
     """For each node the class and function it is in, its statement, and whether it is in a function's body."""
     yield node, (place, statement, inside)
@@ -104,6 +109,8 @@ def _changes(node: ast.AST) -> dict[tuple, tuple[str, ast.AST]]:
 
 def _make(node, change: tuple) -> None:
     kind, *where = change
+    if kind == "nothing":
+        return
     if kind == "drop":
         name, at = where
         getattr(node, name)[at] = ast.Pass()
