@@ -10,6 +10,7 @@ from reference import differing, state_of
 from torch import Tensor, nn
 
 from trainer import CheckpointError, ConfigError, Step, Sum, supervised
+from trainer.errors import Paused
 from trainer.optim import cosine
 
 
@@ -130,6 +131,41 @@ def test_a_call_goes_on_with_the_window_drawn_again() -> None:
     second.load(first.save())
     with pytest.raises(ConfigError, match="a window of 1 micro-batches was given while another is open with 3"):
         second.step(second.windows[0][:1])
+
+
+def test_between_two_micro_batches_is_a_place_to_pause_and_the_window_is_then_drawn_again() -> None:
+    def made() -> Run:
+        return Run(supervised(nn.MSELoss()), "set_to_none", True, seed=0, rate=0.1)
+
+    straight = made()
+    asked: list[int] = []
+    straight.step(straight.windows[0], between=lambda: asked.append(straight.step._open.micro_batches))
+    assert asked == [1, 2]
+
+    run = made()
+
+    def pause() -> None:
+        if run.step._open.micro_batches == 2 and not again:
+            again.append(True)
+            raise Paused
+
+    again: list[bool] = []
+    with pytest.raises(Paused):
+        run.step(run.windows[0], between=pause)
+    assert run.step.is_open
+    report = run.step(list(run.windows[0]), between=pause)  # other objects: the same window, drawn again
+    assert report.micro_batches == 3
+    assert differing(run.final(), straight.final()) == []
+
+
+def test_instruments_are_called_before_each_terms_backward_and_after_each_micro_batch() -> None:
+    run = Run(sums, "set_to_none", True, seed=0, rate=0.1)
+    called: list[tuple[str, int]] = []
+    run.step.before_backward.append(lambda open_, term, seed: called.append((term.name, open_.micro_batches)))
+    run.step.after_backward.append(lambda open_, roots: called.append(("after", open_.micro_batches)))
+    run.step(run.windows[0])
+    names = list(sums(run.model, run.windows[0][0]))
+    assert called == [one for at in range(3) for one in (*((name, at) for name in names), ("after", at + 1))]
 
 
 def test_saving_changes_nothing_and_shares_no_memory() -> None:
