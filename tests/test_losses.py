@@ -65,7 +65,7 @@ def line_of(code: Any) -> str:
         (cross_entropy, 3, CLASSES[:, None], r"targets of shape \(8, 1\).* of shape \(8,\), targets.squeeze\(1\)"),
         (cross_entropy, 3, F.one_hot(CLASSES), r"whole numbers of the outputs' own shape .*argmax\(1\)"),
         (cross_entropy, 3, torch.zeros(8, 4), r"targets of shape \(8, 4\): it takes one class number for each"),
-        (cross_entropy, 3, CLASSES + 1, r"class number 3, and the outputs have 3 classes, 0 to 2"),
+        (cross_entropy, 3, CLASSES + 1, r"class number 3, and the outputs have 3 for each, classes 0 to 2"),
         (cross_entropy, 3, CLASSES - 1, r"class number -1, and"),
         (as_a_module, 3, CLASSES * 2 - 1, r"class number 3, and"),
         (cross_entropy, 3, CLASSES[:7], r"outputs of shape \(8, 3\) and targets of shape \(7,\)"),

@@ -100,9 +100,9 @@ def _of_classes(name: str, what: str, outputs: Tensor, targets: Tensor, ignored:
         if low < 0 or high >= classes:
             wrong = int(low if low < 0 else high)
             return (
-                f"{what} is given the class number {wrong}, and the outputs have {classes} classes, 0 to "
-                f"{classes - 1}: the last layer needs as many outputs as there are classes; ignore_index leaves out a "
-                "number that stands for none."
+                f"{what} is given the class number {wrong}, and the outputs have {classes} for each, "
+                f"classes 0 to {classes - 1}: the last layer needs as many outputs as there are classes; "
+                "ignore_index leaves out a number that stands for none."
             )
     return None
 
