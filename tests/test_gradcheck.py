@@ -224,3 +224,42 @@ def test_modules_that_are_not_there_or_not_called_are_refused() -> None:
     with pytest.raises(ConfigError, match="forward calls no module 'aside'"):
         checked(model, ["aside"])
     assert Cube.forward.__name__ == "forward"  # as it was
+
+
+class Masked(Function):
+    """x where y is above zero, minus infinity elsewhere; wrong for x on request."""
+
+    factor = 1.0
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.cat([x, torch.full_like(x, float("-inf"))])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient[: len(gradient) // 2] * Masked.factor
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_outputs_that_are_not_finite_hide_no_mistake(monkeypatch, factor) -> None:
+    monkeypatch.setattr(Masked, "factor", factor)
+    found = checked(lambda x: Masked.apply(x)[: len(x)])
+    assert len(found.findings) == (factor != 1.0) and len(found.notes) == (factor == 1.0)
+
+
+def test_a_derivative_of_zero_is_not_taken_for_a_wrong_one() -> None:
+    """A bias before a norm does nothing: its quotient is rounding alone."""
+    inner = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+    found = checked(nn.Sequential(inner, nn.Linear(8, 2)), ["0"])
+    assert found.findings == [] and "the module '0' passed" in found.notes[0]
+
+
+def test_small_derivatives_are_checked_as_closely() -> None:
+    model = net(lambda x: cube(x * 1e-4) * 1e-4)
+    Cube.slope = 2.9
+    try:
+        assert len(checked(model).findings) == 1
+    finally:
+        Cube.slope = 3.0
+    assert checked(model).findings == []

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from ranks import over_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer import ConfigError, Step, Sum, supervised
+from trainer.diagnose.sources import SourceGradients
 from trainer.diagnose.terms import TermGradients
+from trainer.distributed.many import ManyProcesses
 from trainer.gradient.report import Report
 from trainer.optim import adamw
 
@@ -212,3 +215,37 @@ def test_a_backward_that_needs_to_be_the_last_is_said_and_left() -> None:
     assert not step(window()).skipped
     (said,) = terms.look({}, Report(dict, {}, {}, (1, 1, 0)))
     assert said.endswith("a term's backward cannot run twice here (this backward was compiled with donated buffers).")
+
+
+def own_rows(rank: int) -> list[Batch]:
+    return window()[:2] if rank else window()[2:]
+
+
+def measured(step: Step, rows: list[Batch]) -> list[dict[str, float]]:
+    terms, sources = TermGradients(step, 1), SourceGradients(step, 1, lambda batch: "all")
+    step(rows)
+    assert terms.latest is not None and sources.latest is not None
+    return [terms.latest.norms, sources.latest.norms]
+
+
+def on_ranks(rank: int, world: int, watched: bool) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """Two windows whose rows are unevenly dealt; what each rank measured in the first."""
+    net = model().eval()
+    step = Step(net, two_heads, adamw(net.parameters()), ranks=ManyProcesses())
+    found: list[dict[str, float]] = []
+    if watched:
+        found = measured(step, own_rows(rank))
+    else:
+        step(own_rows(rank))
+    step(own_rows(rank))
+    return [p.detach() for p in net.parameters()], found
+
+
+def test_over_ranks_each_looks_at_its_own_rows_and_the_run_is_the_same() -> None:
+    found, plainly = over_ranks(on_ranks, True), over_ranks(on_ranks, False)
+    for rank in range(2):
+        assert all(torch.equal(left, right) for left, right in zip(found[rank][0], plainly[rank][0], strict=True))
+        net = model().eval()
+        alone = measured(Step(net, two_heads, adamw(net.parameters())), own_rows(rank))
+        for norms, expected in zip(found[rank][1], alone, strict=True):
+            assert norms == {name: pytest.approx(norm, rel=1e-5) for name, norm in expected.items()}

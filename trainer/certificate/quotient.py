@@ -86,7 +86,6 @@ def look(function: Function, value: Tensor, most: int) -> tuple[Wrong | None, bo
         return None, False
     # From the smallest value to the largest, so that a function of several pieces is met in each.
     elements = flat.argsort()[torch.linspace(0, flat.numel() - 1, min(most, flat.numel())).long().to(flat.device)]
-    mixing: list[Tensor] = []
     first: tuple[Tensor, Tensor, Tensor] | None = None
     wrong = torch.ones(len(elements), dtype=torch.bool, device=flat.device)
 
@@ -99,21 +98,26 @@ def look(function: Function, value: Tensor, most: int) -> tuple[Wrong | None, bo
     for attempt in range(1 + _BESIDE):
         at = flat if not attempt else _beside(flat, attempt)
 
-        def mixed(given: Tensor, at: Tensor = at) -> Tensor:
-            found = outputs(given, at)
-            if not mixing:
-                draw = torch.randn(len(found), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-                mixing.append(draw.to(found.device))
-            return (found * mixing[0]).sum()
-
         start = at[elements]
+        usual = outputs(start, at).detach()
+        mixing = torch.randn(len(usual), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        mixing = mixing.to(usual.device).where(usual.isfinite(), 0.0)
+
+        def mixed(given: Tensor, at: Tensor = at, usual: Tensor = usual, mixing: Tensor = mixing) -> Tensor:
+            # Without what does not change, whose rounding would be in the quotient.
+            return ((outputs(given, at) - usual).where(mixing != 0.0, 0.0) * mixing).sum()
+
         analytical, numerical = _analytical(mixed, start), _numerical(mixed, start)
         size = float(torch.maximum(analytical.abs(), numerical.abs()).max())
         if not math.isfinite(size):
             raise UncheckedError(f"or its derivative is not finite at the '{function.name}' that it was met with")
-        if size == 0.0 or _passes(mixed, start, size):
+        noise = torch.finfo(torch.float64).eps / EPS * float((usual.nan_to_num() * mixing).norm())
+        if size <= 1e3 * noise:
+            return None, attempt > 0  # a derivative of zero, as far as a quotient can tell
+        tolerance = max(_ATOL, 10 * noise / size)
+        if _passes(mixed, start, size, tolerance):
             return None, attempt > 0
-        wrong &= (analytical - numerical).abs() > _ATOL * size + _RTOL * numerical.abs()
+        wrong &= (analytical - numerical).abs() > tolerance * size + _RTOL * numerical.abs()
         first = first or (start, analytical, numerical)
     if first is None or not wrong.any():
         raise UncheckedError("has a forward that jumps, or a backward that comes out otherwise each time")
@@ -133,7 +137,7 @@ def _single(
     step = torch.zeros_like(start)
     step[worst] = EPS
     with torch.no_grad():
-        column = (function(start + step) - function(start - step)) / (2 * EPS)
+        column = ((function(start + step) - function(start - step)) / (2 * EPS)).nan_to_num()
     likely = {*column.abs().topk(min(_MOST_OUTPUTS, len(column))).indices.tolist(), min(element, len(column) - 1)}
     found = []
     for output in likely:
@@ -146,14 +150,14 @@ def _single(
     return (output, analytical, numerical) if is_off else None
 
 
-def _passes(function: Callable[[Tensor], Tensor], start: Tensor, size: float) -> bool:
+def _passes(function: Callable[[Tensor], Tensor], start: Tensor, size: float, tolerance: float) -> bool:
     """Its tolerances are absolute too, so the derivative is brought near one."""
     return bool(
         torch.autograd.gradcheck(
             lambda given: function(given) / size,
             (start.clone().requires_grad_(),),
             eps=EPS,
-            atol=_ATOL,
+            atol=tolerance,
             rtol=_RTOL,
             nondet_tol=1e-9,
             check_undefined_grad=False,
