@@ -610,3 +610,38 @@ def test_a_term_that_is_held_apart_is_in_the_true_gradient() -> None:
     first = [tuple(tensor[:1] for tensor in part) for part in parts]
     whole, ones = window_gradient(model, parts, "mean"), window_gradient(model, first, "mean")
     assert farthest(step.gradient(), {name: whole[name] + ones[name] for name in whole}) <= 1e-14
+
+
+def test_what_sums_over_ranks_is_asked_once_when_a_window_opens_and_once_when_it_closes() -> None:
+    """That the sums are right is tests/test_over_ranks.py, with real ranks; here is when they are asked for."""
+
+    class Notes:
+        bad_ranks = None
+
+        def open(self, drawn: object, expected: object, parameters: object) -> None:
+            called.append("open")
+
+        def close(self, open_: object, parameters: object, trace: object) -> None:
+            called.append(f"close {open_.micro_batches}")
+            for parameter in model.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad * 2
+
+    called: list[str] = []
+    model = mlp()
+    step = Step(model, MSE, sgd(model.parameters(), lr=0.1))
+    step.reducer = Notes()
+    window = cut(rows(6), [4, 2])
+    step(window)
+    assert called == ["open", "close 2"]
+    called.clear()
+    assert step([]).skipped, "this rank has nothing, others may have"
+    assert called == ["open", "close 0"]
+    called.clear()
+    expected = window_gradient(model, window[:1], "mean")
+    step.accumulate(window[0], window[:1])
+    assert farthest(step.gradient(), {name: 2 * gradient for name, gradient in expected.items()}) <= 1e-14
+    assert called == ["open", "close 1"]
+    step.cancel()
+    called.clear()
+    step.gradient()
+    assert called == ["open", "close 0"]
