@@ -53,6 +53,13 @@ def test_keys_come_a_level_at_a_time_and_those_of_the_recipe_as_well(here):
     assert words("train", "optimizer.lr.") == [] and words("train", "nope.") == []
 
 
+def test_replay_offers_the_windows_that_runs_have_captured(here):
+    (here / "outputs" / "digits" / "mine" / "captured" / "window-000018").mkdir(parents=True)
+    assert words("replay", "out") == ["outputs/digits/mine/captured/window-000018"]
+    assert "recipe=" in words("replay", "")
+    assert words("replay", "outputs/digits/mine", "out") == []
+
+
 def test_values_are_listed_where_they_can_be(here):
     assert words("train", "optimizer=") == ["optimizer=adamw", "optimizer=manual", "optimizer=sgd"]
     assert words("train", "gradient.zero_grad=") == [
