@@ -213,6 +213,8 @@ def instrument(name: str, recipe: str, plain: dict[str, Any] | None = None, **se
 def instruments() -> None:
     for recipe in RECIPES:
         instrument(f"diagnose: audit over none, {recipe}", recipe, audit=True)
+    for every in (1, 50):
+        instrument(f"diagnose: update_ratio={every} over none, digits", "digits", update_ratio=every)
     for every in (1, 10):
         four = {"accumulation_steps": 4, "batch_size": 8}
         instrument(f"diagnose: noise_scale={every} over none, digits", "digits", four, noise_scale=every)
