@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trainer import certify, supervised
 from trainer.diagnose.forward import Forward
@@ -173,6 +174,18 @@ def test_check_says_what_the_first_step_would_say() -> None:
         assert words in text, text
         assert any(words in one for one in plain["audit"]), plain["audit"]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_reentrant_checkpoint_is_audited_too() -> None:
+    class Reentrant(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(checkpoint(self.a.forward, x.requires_grad_(), use_reentrant=True).detach())  # HERE
+
+    model = Reentrant()
+    model.b.bias.grad = kept = torch.ones(1)
+    (said,) = certify(model, MSE, None, [(X.clone(), Y)]).audit
+    assert "'a.weight', 'a.bias': the graph was cut by " in said and line_of(Reentrant) in said, said
+    assert model.b.bias.grad is kept
 
 
 def test_a_sound_model_has_no_audit() -> None:

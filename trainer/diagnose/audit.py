@@ -81,18 +81,19 @@ def without_gradient(parameters: Mapping[str, Tensor], forward: Forward) -> list
 
 
 def of_forward(forward: Forward, roots: Sequence[Tensor]) -> list[str]:
-    """What is wrong with the gradients that a backward from these roots gives. Writes `.grad`."""
-    for parameter in forward.parameters.values():
-        parameter.grad = None
+    """What is wrong with the gradients that a backward from these roots gives. Each `.grad` is left as it was."""
     reached = leaves(roots)
-    trained = [one for one in forward.parameters.values() if one.requires_grad and id(one) in reached]
-    if trained:
+    before = {id(one): (one, one.grad) for one in (*reached.values(), *forward.parameters.values())}
+    try:
+        for leaf, _ in before.values():
+            leaf.grad = None
         live = [root for root in roots if root.requires_grad]
-        torch.autograd.backward(live, [torch.ones_like(root) for root in live], inputs=trained)
-    said = [*strays(reached, forward), *without_gradient(forward.parameters, forward), *_zero(forward)]
-    for parameter in forward.parameters.values():
-        parameter.grad = None
-    return said
+        if live:  # without inputs=, which reentrant checkpointing refuses
+            torch.autograd.backward(live, [torch.ones_like(root) for root in live])
+        return [*strays(reached, forward), *without_gradient(forward.parameters, forward), *_zero(forward)]
+    finally:
+        for leaf, gradient in before.values():
+            leaf.grad = gradient
 
 
 def _replaced(name: str, model: Any) -> str:
