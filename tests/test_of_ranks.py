@@ -196,3 +196,22 @@ def test_a_damaged_checkpoint_is_refused_by_every_rank(tmp_path) -> None:
     (path / "rank-00001.safetensors").unlink()
     for answer in over_ranks(goes_on, str(tmp_path), str(path)):
         assert answer[0] == "CheckpointError" and "rank-00001.safetensors is missing" in answer[1]
+
+
+def asks_others(rank: int, world: int, steps: int):
+    """How often a run asks the other rank for something, with windows of so many micro-batches."""
+    asked = []
+    trainer = trainer_of("adamw", **{**SETTINGS, "epochs": 1, "accumulation_steps": steps, "metrics_file": False},
+                         data=rows(3 * 2 * steps), log_every=100)  # fmt: skip
+    ranks = trainer.step.ranks
+    for name in ("sum_later", "gather", "to_first"):
+        own = getattr(ranks, name)
+        setattr(ranks, name, lambda value, own=own, name=name: (asked.append(name), own(value))[1])
+    trainer.fit()
+    assert trainer.step.clocks.as_dict()["windows"] == 1
+    return sorted(asked)
+
+
+def test_a_run_that_no_signal_reaches_asks_nothing_more_in_a_longer_window() -> None:
+    short, long = over_ranks(asks_others, 2)[0], over_ranks(asks_others, 9)[0]
+    assert short == long and short.count("sum_later") == 2
