@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainer import Cotangents, Step, Sum
 from trainer.distributed import ManyProcesses
+from trainer.errors import Paused
 from trainer.gradient.report import FREE_READS
 from trainer.optim import adamw, sgd
 
@@ -410,3 +411,45 @@ def test_what_does_not_go_together_is_said_on_every_rank() -> None:
 def test_there_must_be_a_process_group() -> None:
     with pytest.raises(Exception, match="there is no process group: call torch.distributed.init_process_group"):
         ManyProcesses()
+
+
+def leaves_open(rank, world, on_device):
+    """One rank stops inside its window; both go on with theirs. What was summed in place must not have been."""
+
+    def run(stops: bool):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1100, 1100), nn.Tanh(), nn.Linear(1100, 700), nn.Linear(700, 3))
+        step = Step(model, lambda m, b: m(b).square().mean(), sgd(model.parameters(), lr=0.1), ranks=ManyProcesses())
+        window = [torch.randn(2, 1100, generator=torch.Generator().manual_seed(10 * rank + at)) for at in range(3)]
+        if stops:
+            held = None
+            try:
+                step(window, between=step.reducer.leave_open if rank else None)
+            except Paused:
+                held = [p.grad.clone() for p in model.parameters()]
+            assert held is not None and step.is_open and step._open.micro_batches == (1 if rank else 3)
+            alone = Step(model, step.objective, sgd(model.parameters(), lr=0.0))
+            grads = [p.grad for p in model.parameters()]
+            for p in model.parameters():
+                p.grad = None
+            for batch in window[: step._open.micro_batches]:
+                alone.accumulate(batch)
+            for mine, p in zip(held, model.parameters(), strict=True):
+                assert torch.nn.functional.cosine_similarity(mine.flatten(), p.grad.flatten(), dim=0) > 0.999999
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                p.grad = grad
+        report = step(window)
+        return [p.detach() for p in model.parameters()], report.loss, report.rows, report.reductions
+
+    if on_device:
+        FREE_READS.discard("cpu")
+    try:
+        (whole, *told), (stopped, *told_then) = run(False), run(True)
+    finally:
+        FREE_READS.add("cpu")
+    return all(torch.equal(one, other) for one, other in zip(whole, stopped, strict=True)), told == told_then
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_window_that_is_left_open_is_as_it_was_on_every_rank(on_device) -> None:
+    assert over_ranks(leaves_open, on_device) == [(True, True)] * 2
