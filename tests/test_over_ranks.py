@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainer import Cotangents, Step, Sum
 from trainer.distributed import ManyProcesses
+from trainer.distributed.buckets import Buckets
 from trainer.errors import Paused
 from trainer.gradient.report import FREE_READS
 from trainer.optim import adamw, sgd
@@ -411,6 +412,21 @@ def test_what_does_not_go_together_is_said_on_every_rank() -> None:
 def test_there_must_be_a_process_group() -> None:
     with pytest.raises(Exception, match="there is no process group: call torch.distributed.init_process_group"):
         ManyProcesses()
+
+
+def only_sent(rank, world):
+    parameters = {"large": torch.zeros(1100, 1100), "small": torch.zeros(3)}
+    gradients = {name: torch.full_like(parameter, rank + 1.0) for name, parameter in parameters.items()}
+    buckets = Buckets(parameters, 2, torch.device("cpu"))
+    buckets.head.fill_(1.0)
+    buckets.send(ManyProcesses(), gradients)
+    head = buckets.receive_head().tolist()
+    buckets.drop()
+    return head, [(gradient == rank + 1.0).all().item() for gradient in gradients.values()]
+
+
+def test_what_was_sent_and_dropped_leaves_the_gradients_as_they_were() -> None:
+    assert over_ranks(only_sent) == [([2.0, 2.0], [True, True])] * 2
 
 
 def leaves_open(rank, world, on_device):

@@ -200,8 +200,9 @@ def struck(
 ) -> str | None:
     """Strike ranks at a random instant. What the others made of it that they should not have, None where nothing."""
     with Run(kind, run) as ranks:
+        early = ("starting",) if rng.random() < 0.15 else ("starting", "recovering")
         at = rng.uniform(0, 0.8 * seconds)
-        while ranks.where[0].stage == "starting":
+        while ranks.where[who[0]].stage in early:
             time.sleep(0.0005)
         time.sleep(at)
         ranks.strike(who, number)
