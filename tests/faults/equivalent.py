@@ -46,6 +46,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "Without the folder there is no checkpoint.",
     ("checkpoint/store.py", "write", "`disk.begin(pending)` before"): "What was begun is cleared in any case.",
     ("checkpoint/store.py", "load", "`tensors = "): "Neither needs the other; of two damaged files the other is named.",
+    ("trainer/step.py", "Step.__call__", "dropped `self._begin(window)`"): "finish() opens the window then.",
+    ("trainer/step.py", "Step.gradient", "`if self.reducer"): "It shows only where one rank of several has raised.",
     ("gradient/open_window.py", "OpenWindow.settle", "`self._weighs_nothing = "): "Neither needs the other.",
     ("gradient/open_window.py", "OpenWindow.held_apart", "dropped `if not"): "Only quicker: the list is empty.",
     (
