@@ -312,7 +312,7 @@ class Recurrent(nn.Module):
 
 def test_a_state_carried_over_is_named() -> None:
     error = sentence(Recurrent(), lambda model, x: model(x).mean(), windows=2)
-    assert "'model.hidden' of then goes into" in str(error)
+    assert "the old 'model.hidden' goes into" in str(error)
     assert line_of(Recurrent) in str(error)
     assert "detach()" in str(error)
 
@@ -325,7 +325,7 @@ def test_a_sum_carried_over_in_a_closure_is_named() -> None:
         return total[0]
 
     error = sentence(nn.Linear(2, 1), objective, windows=2)
-    assert "'total[0]' of then" in str(error)
+    assert "the old 'total[0]' goes" in str(error)
     assert line_of(objective) in str(error)
 
 

@@ -219,7 +219,7 @@ def under_inference_mode(m: Any, b: Any) -> Tensor:
         (functools.partial(scaled, factor=2.0), scaled, r"the objective scaled returned .*cut by data\(\)"),
         (freed_by_a_derivative, freed_by_a_derivative, r"was freed by grad\(\) in .*create_graph=True"),
         (derived_twice, derived_twice, r"was freed by grad\(\) in .*create_graph=True"),
-        (Averaged(), Averaged, r"'objective.seen' of then goes into mul\(\)"),
+        (Averaged(), Averaged, r"the old 'objective.seen' goes into mul\(\)"),
         (of_the_input, of_the_input, r"needs tensor 0 of the micro-batch.* by sub_\(\)"),
         (under_inference_mode, under_inference_mode, r"^linear\(\) in .* runs under inference mode"),
     ],

@@ -4,7 +4,10 @@ What can be seen without a step is seen at the start, the rest in the first step
 more only where a parameter went without a gradient, to say where the graph was cut.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -179,7 +182,8 @@ class Watched:
         self.__qualname__ = who(objective).removeprefix("the objective ")
         self.said: list[str] = []
         # What is compiled would be compiled for the look and then once more.
-        self._is_over = any(_is_compiled(one) for one in (objective, model, *named_modules(model).values()))
+        within_reach = (objective, *_reads(objective), model, *named_modules(model).values())
+        self._is_over = any(_is_compiled(one) for one in within_reach)
 
     def __call__(self, model: Any, micro_batch: Any) -> Any:
         if self._is_over:
@@ -192,6 +196,18 @@ class Watched:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
+
+
+def _reads(function: Any) -> list[Any]:
+    """What a function can reach besides its arguments: its closure, the globals it names, a partial's parts."""
+    found = [getattr(function, name, None) for name in ("func", "__self__")]
+    found += getattr(function, "args", ())
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if isinstance(function, FunctionType):
+        with suppress(ValueError):  # a cell that is still empty
+            outside = inspect.getclosurevars(function)
+            found += [*outside.nonlocals.values(), *outside.globals.values()]
+    return found
 
 
 def _is_compiled(one: Any) -> bool:

@@ -48,8 +48,8 @@ def walked_twice(forward: Forward) -> GradientError:
 
 
 def _carried_over(name: str | None, call: Call) -> GradientError:
-    what = f"'{name}'" if name is not None else "a tensor"
-    return GradientError(f"{_BEHIND}: {what} of then goes into {call}; {_TO_DO}.")
+    what = f"the old '{name}'" if name is not None else "an old tensor"
+    return GradientError(f"{_BEHIND}: {what} goes into {call}; {_TO_DO}.")
 
 
 def _kept(name: str, call: Call) -> GradientError:
