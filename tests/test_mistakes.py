@@ -329,6 +329,17 @@ def test_a_sum_carried_over_in_a_closure_is_named() -> None:
     assert line_of(objective) in str(error)
 
 
+def test_a_list_that_grows_with_every_forward_is_carried_over_too() -> None:
+    total: list[Any] = []
+
+    def objective(model: nn.Module, x: Tensor) -> Tensor:
+        total.append(model(x).square().mean() + (total[-1] if total else 0))  # HERE
+        return total[-1]
+
+    error = sentence(nn.Linear(2, 1), objective, windows=2)
+    assert "the old 'total[1]' goes" in str(error) and line_of(objective) in str(error)
+
+
 # What was made under inference mode, and what is not ours to explain.
 
 

@@ -1,6 +1,6 @@
 """A graph that was walked already: by the objective, by a derivative inside it, or for an earlier micro-batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -33,7 +33,8 @@ def walked_twice(forward: Forward) -> GradientError:
         for tensor in call.inputs:
             if tensor.grad_fn is not None and id(tensor) not in made:
                 name = held[id(tensor)][0] if id(tensor) in held else None
-                is_kept = name is not None and dict(held_by(roots)).get(name) is tensor
+                now = dict(held_by(roots))
+                is_kept = name is not None and now.get(name) is tensor and not _grows(name, held, now)
                 return _kept(name, call) if name is not None and is_kept else _carried_over(name, call)
         made.update(id(tensor) for tensor in call.outputs)
     derivatives = [call for call in trace.calls if call.name == "grad"]
@@ -59,6 +60,13 @@ def _kept(name: str, call: Call) -> GradientError:
         "has freed: compute it in every forward, or keep a leaf: detach().requires_grad_() where it is to be trained, "
         "detach() where it is not."
     )
+
+
+def _grows(name: str, before: Mapping[int, tuple[str, Tensor]], now: Mapping[str, Tensor]) -> bool:
+    """Whether a forward puts more beside it: a list of what earlier ones made, say."""
+    beside = name.rpartition("[")[0]
+    then = {other for other, _ in before.values()}
+    return bool(beside) and any(other.rpartition("[")[0] == beside and other not in then for other in now)
 
 
 def _by_id(held: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[int, tuple[str, Tensor]]]:
