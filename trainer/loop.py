@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,7 @@ class Trainer:
         notes = [*self.state.notes, *modes.set_train(self.model, self.step.optimizers), *self._health.notes()]
         self._feed.start()
         if self.settings.check is not None and not self.step.clocks.windows:
-            self._health.before_first(partial(asked.certify_window, self))
+            self._health.before_first(partial(asked.certify_window, self.step, self._of_gradient))
         who: dict[str, Any] = {
             "recipe": self.recipe,
             "folder": self.folder,
@@ -200,19 +201,21 @@ class Trainer:
             gradcheck: modules whose backward is held against difference quotients, beside all custom Functions.
             meant: Functions whose backward is not the derivative of their forward on purpose, by name.
         """
-        return asked.certify(self, gradcheck, meant)
+        return asked.certify(self.step, self._feed, self._of_gradient, gradcheck, meant)
 
     def graph(self, every_node: bool = False) -> "Graph":
         """Draw the autograd graph of the next micro-batch (`trainer.graph`). Changes nothing."""
-        return asked.graph(self, every_node)
+        return asked.graph(self.step, self._feed, every_node)
 
     def largest_gradients(self, most: int = 20) -> "PerSample":
         """The norm of every training row's gradient, and the rows with the largest (`trainer.per_sample`)."""
-        return asked.largest_gradients(self, most)
+        in_order = replace(self.settings.data, shuffle=False, drop_last=False)
+        rows = placed(source_of(self._data, in_order), self._device, width(self.settings.precision))
+        return asked.largest_gradients(self.step, rows, most)
 
     def replay(self) -> "Replay":
         """Run the next window as it is configured here, and name what is not finite in it. Changes nothing."""
-        return asked.replay(self)
+        return asked.replay(self.step, self._feed)
 
     def load(self, path: str | Path) -> None:
         """Put the parameters of a checkpoint, a `model.safetensors` or a run's folder into the model."""

@@ -1,18 +1,16 @@
-"""What of a `Step` is saved, and how it goes back. A friend of step.py: it reads and sets what is private there."""
+"""What of a `Step` (here `step`) is saved, and how it goes back. A friend of step.py: it reads and sets what is private
+there."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.gradient import saved
 from trainer.gradient.report import Trace
 from trainer.gradient.zeroing import put_back
 
-if TYPE_CHECKING:
-    from trainer.step import Step
 
-
-def state_of(step: "Step") -> dict[str, Any]:
+def state_of(step: Any) -> dict[str, Any]:
     """See `Step.state_dict`."""
     own = step.parameters.by_name
     return {
@@ -29,7 +27,7 @@ def state_of(step: "Step") -> dict[str, Any]:
     }
 
 
-def load(step: "Step", state: Mapping[str, Any]) -> None:
+def load(step: Any, state: Mapping[str, Any]) -> None:
     """See `Step.load_state_dict`."""
     step.parameters.refresh()
     step._clipping.refresh()
@@ -56,7 +54,7 @@ def load(step: "Step", state: Mapping[str, Any]) -> None:
             step._aside = saved.load(state["aside"], own)
 
 
-def _open_window(step: "Step") -> dict[str, Any] | None:
+def _open_window(step: Any) -> dict[str, Any] | None:
     if step._open is None:
         return None
     step._open.check_whole()
