@@ -187,14 +187,16 @@ RECIPES: dict[str, tuple[Callable[[], Any], Any, Callable[[], Any], dict[str, An
 
 
 def steady(recipe: str, **settings: Any) -> float:
-    """CPU seconds of a step of a recipe's run, with nothing written but what the settings ask for."""
+    """CPU seconds of a step of a run with TensorBoard, every 50 steps, and no instrument but those asked for."""
     make, objective, data, usual = RECIPES[recipe]
     torch.manual_seed(0)
     model = make()
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else [model.w, model.b]
-    wanted = {"console": False, "seed": 0, "audit": False, "log_every": 50, **usual, **settings}
+    quiet = {"console": False, "checkpoint_last": False, "log_every": 50, "seed": 0}
+    wanted = {**quiet, "audit": False, "heat_map": False, "capture": "none", **usual, **settings}
     clock = SteadyState(wanted["steps"])
-    Trainer(model, objective, adamw(parameters), data=data(), loggers=[clock], **wanted).fit()
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(model, objective, adamw(parameters), data=data(), folder=folder, loggers=[clock], **wanted).fit()
     return clock.seconds
 
 
@@ -212,7 +214,8 @@ def instrument(name: str, recipe: str, plain: dict[str, Any] | None = None, **se
 
 def instruments() -> None:
     for recipe in RECIPES:
-        instrument(f"diagnose: audit over none, {recipe}", recipe, audit=True)
+        on = {"audit": True, "heat_map": True, "capture": "nonfinite"}
+        instrument(f"diagnose: all that is on by default over none, {recipe}", recipe, **on)
     for every in (1, 50):
         instrument(f"diagnose: update_ratio={every} over none, digits", "digits", update_ratio=every)
     for every in (1, 10):
