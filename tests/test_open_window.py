@@ -158,12 +158,18 @@ class Over:
     def here(self, name: str) -> list[float] | None:
         return [5.0, 5.0] if self.tells else None
 
+    def state_dict(self) -> dict[str, object]:
+        return {"tells": self.tells}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        self.tells = state["tells"]
+
 
 def window(
-    reduction: str = "mean", drawn: list[Tensor] | None = None, expected: dict[str, float] | None = None
+    reduction: str = "mean", drawn: list[Tensor] | None = None, expected: dict[str, float] | None = None, **more: object
 ) -> OpenWindow:
-    weigher = Weigher(lambda m, b: b)
-    return OpenWindow(GradientSettings(reduction=reduction), weigher, drawn, expected or {})
+    weigher = Weigher(more.pop("objective", lambda m, b: b))
+    return OpenWindow(GradientSettings(reduction=reduction), weigher, drawn, expected or {}, **more)
 
 
 def seeds(open_: OpenWindow, micro_batches: list[Tensor]) -> list[float]:
@@ -319,3 +325,137 @@ def test_a_window_is_restored_whole() -> None:
     assert not other.weighs_nothing()
     assert len(other.held_apart()) == 1
     assert repr(other.state_dict()) == repr(open_.state_dict())
+
+
+def test_a_micro_batch_that_never_ended_is_refused_by_the_next_and_by_the_end() -> None:
+    open_ = window()
+    open_.enter()
+    open_.count(torch.ones(3, 2))
+    open_.check_whole()
+    open_.enter()
+    for goes_on in (open_.enter, open_.check_whole):
+        with pytest.raises(ConfigError, match="micro-batch 2 of this window raised"):
+            goes_on()
+
+
+def test_a_coefficient_of_a_term_that_is_not_there_is_refused() -> None:
+    settings = GradientSettings(coefficients={"lost": 0.5})
+    open_ = OpenWindow(settings, Weigher(lambda m, b: b), None, {})
+    open_.seed(Term("loss", torch.ones(())), torch.ones(3, 2), alone=True)
+    with pytest.raises(ConfigError, match="coefficients names 'lost', which the objective does not return"):
+        open_.check_coefficients()
+    open_.seed(Term("lost", torch.ones(())), torch.ones(3, 2), alone=False)
+    open_.check_coefficients()
+
+
+def test_a_closed_window_holds_no_data_and_no_gradients() -> None:
+    drawn = [torch.ones(3, 2)]
+    open_ = window(drawn=drawn)
+    seeds(open_, drawn)
+    open_.terms["late"] = TermSum(1.0, True, "late", 1.0, apart={"w": torch.ones(2)})
+    open_.settle()
+    open_.close()
+    assert open_.drawn is None
+    assert [sums.apart for sums in open_.terms.values()] == [None, None]
+
+
+class Tokens:
+    def __call__(self, model: object, micro_batch: Tensor) -> Tensor:
+        return micro_batch
+
+    def tokens(self, micro_batch: Tensor) -> int:
+        return 7 * len(micro_batch)
+
+
+def test_tokens_are_counted_where_the_objective_tells_them() -> None:
+    for objective, tokens in ((Tokens(), 35), (lambda m, b: b, 0)):
+        open_ = window(objective=objective)
+        seeds(open_, [torch.ones(3, 2), torch.ones(2, 2)])
+        assert open_.size() == (2, 5, tokens)
+
+
+def test_a_sum_over_ranks_has_no_divisor() -> None:
+    drawn = [torch.ones(3, 2), torch.ones(2, 2)]
+    assert seeds(window("sum", drawn, opening=Over()), drawn) == [5.0, 5.0]
+
+
+def test_the_loss_scale_is_in_every_seed_and_in_what_is_held_apart() -> None:
+    open_ = window(loss_scale=8.0)
+    seed = open_.seed(Term("loss", torch.ones(()), 4.0), torch.ones(4, 2), alone=True)
+    assert seed.item() == 8 / 4
+    open_.terms["late"] = TermSum(2.0, False, "late", 6.0, apart={"w": torch.ones(2)})
+    open_.settle()
+    assert [divisor for _, divisor in open_.apart()] == [6 / 2 * 8]
+
+
+def test_a_window_whose_only_term_is_held_apart_leaves_nothing_together() -> None:
+    open_ = window()
+    open_.terms = {"late": TermSum(2.0, False, "late", 6.0, apart={"w": torch.ones(2)})}
+    open_.settle()
+    assert open_.leftover() == 1.0
+
+
+def test_only_a_denominator_that_the_host_knows_and_that_is_one_is_the_next_guess() -> None:
+    open_ = window()
+    open_.terms = {
+        "known": TermSum(1.0, True, "known", 3.0),
+        "nothing": TermSum(1.0, True, "nothing", 0.0),
+        "on a device": TermSum(1.0, True, "on a device", torch.tensor(3.0)),
+    }
+    assert open_.denominators() == {"known": 3.0}
+
+
+def test_what_is_left_is_not_read_from_the_device_that_has_the_weight() -> None:
+    open_ = window()
+    sums = TermSum(2.0, False, "loss", torch.zeros((), device="meta"))  # whose numbers cannot be read
+    assert open_.leftover_of(sums).device.type == "meta"
+
+
+def apart(open_: OpenWindow, weights: dict[str, float | None]) -> list[str]:
+    """Which of these terms are held apart after one micro-batch; None is the weight of a mean."""
+    for name, weight in weights.items():
+        open_.seed(Term(name, torch.ones(()), weight), torch.ones(3, 2), alone=False)
+    return [name for name, sums in open_.terms.items() if sums.apart is not None]
+
+
+class Names(Declares):
+    def weight(self, micro_batch: Tensor) -> dict[str, float]:
+        return {"a": 3.0, "b": 5.0}
+
+
+def test_terms_are_together_where_one_leftover_serves_them_all() -> None:
+    two = [torch.ones(3, 2), torch.ones(3, 2)]
+    # All means of one micro-batch count the same, unless the objective names them, and a window is as long for each.
+    assert apart(window(expected={"b": 100.0}), {"a": None, "b": None}) == []
+    assert apart(window(objective=Names()), {"a": None, "b": None}) == ["a", "b"]
+    assert apart(window("micro_batches", expected={"b": 100.0}), {"a": 3.0, "b": 5.0}) == []
+    assert apart(window("micro_batches"), {"a": None, "b": 5.0}) == []
+    # A weight that comes out of the forward is every term's own.
+    assert apart(window(), {"a": 3.0, "b": 5.0}) == ["a", "b"]
+    assert apart(window(), {"a": None, "b": 5.0}) == ["b"]
+    # Exact divisors leave nothing over; a guess beside them would.
+    assert apart(window(drawn=two), {"a": None, "b": None}) == []
+    assert apart(window(drawn=two), {"a": None, "b": 5.0}) == ["b"]
+    together = window(expected={"a": 4.0, "b": 100.0})
+    apart(together, {"a": None, "b": None})
+    assert [sums.divisor for sums in together.terms.values()] == [4.0, 4.0]
+
+
+def test_a_window_of_unknown_length_is_guessed_from_the_last_and_else_as_one_micro_batch() -> None:
+    three = [torch.ones(3, 2)] * 3
+    assert seeds(window("micro_batches", expected={"loss": 4.0}), three) == [1 / 4] * 3
+    first = window("micro_batches")
+    assert seeds(first, three) == [1.0] * 3
+    assert first.leftover() == 3.0
+
+
+def test_what_is_known_of_other_ranks_is_restored_where_both_have_them() -> None:
+    saved = window(opening=Over(tells=False)).state_dict()
+    restored = window(opening=Over())
+    restored.load_state_dict(saved)
+    assert restored.opening.tells is False
+    alone = window()
+    alone.load_state_dict(saved)  # its other ranks are gone
+    assert alone.opening is None
+    restored.load_state_dict(alone.state_dict())
+    assert restored.opening.tells is False

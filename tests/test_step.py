@@ -630,7 +630,7 @@ def test_what_sums_over_ranks_is_asked_once_when_a_window_opens_and_once_when_it
     model = mlp()
     step = Step(model, MSE, sgd(model.parameters(), lr=0.1))
     step.reducer = Notes()
-    window = cut(rows(6), [4, 2])
+    window = cut(rows(6), [3, 3])
     step(window)
     assert called == ["open", "close 2"]
     called.clear()
@@ -638,7 +638,8 @@ def test_what_sums_over_ranks_is_asked_once_when_a_window_opens_and_once_when_it
     assert called == ["open", "close 0"]
     called.clear()
     expected = window_gradient(model, window[:1], "mean")
-    step.accumulate(window[0], window[:1])
+    step._expected = {}
+    step.accumulate(window[0])  # a divisor is left over, and it is the sum that it is taken out of
     assert farthest(step.gradient(), {name: 2 * gradient for name, gradient in expected.items()}) <= 1e-14
     assert called == ["open", "close 1"]
     step.cancel()

@@ -168,6 +168,15 @@ def test_instruments_are_called_before_each_terms_backward_and_after_each_micro_
     assert called == [one for at in range(3) for one in (*((name, at) for name in names), ("after", at + 1))]
 
 
+def test_a_step_that_did_nothing_yet_is_saved_and_loaded() -> None:
+    state = Run(sums, "never", False, seed=0, rate=0.1).step.state_dict()
+    assert (state["open"], state["aside"]) == (None, {})
+    other = Run(sums, "never", False, seed=0, rate=0.1)
+    other.do(EVENTS[:2])
+    other.step.load_state_dict(state)
+    assert repr(other.step.state_dict()) == repr(state)
+
+
 def test_saving_changes_nothing_and_shares_no_memory() -> None:
     run = Run(sums, "never", False, seed=0, rate=0.1)
     run.do(EVENTS[:6])

@@ -254,6 +254,21 @@ def test_what_is_no_checkpoint_is_told(tmp_path, kind) -> None:
         store.load(path)
 
 
+def test_a_rank_reads_its_own_file_and_none_of_another_rank(tmp_path) -> None:
+    own = [{"draws": torch.full((2,), float(rank))} for rank in range(3)]
+    state = {"model": {"w": torch.ones(2)}, "steps": 3, "ranks": own}
+    store.save(tmp_path / "it", state)
+    for rank in range(3):
+        left = [one if at == rank else {} for at, one in enumerate(own)]
+        assert equal(store.load(tmp_path / "it", rank), state | {"ranks": left})
+    damaged = tmp_path / "it" / "rank-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    assert equal(store.load(tmp_path / "it", 0)["ranks"][0], own[0])
+    for rank in (1, None):
+        with pytest.raises(CheckpointError, match="rank-00001.safetensors"):
+            store.load(tmp_path / "it", rank)
+
+
 STATES = [
     "", "nonsense", "[]", "1", "null", "{}", '{"mapping": 3}', '{"mapping": [1, 2]}', '{"mapping": [["a"]]}',
     '{"mapping": [["a", {"tensor": "missing"}]]}', '{"mapping": [["a", {"tensor": ["a"]}]]}',

@@ -9,7 +9,7 @@ _STORE = [
 ]  # fmt: skip
 _WINDOW = [
     "tests/test_open_window.py", "tests/test_step_state.py", "tests/test_weights.py", "tests/test_skips.py",
-    "tests/test_apart.py", "tests/test_objective.py",
+    "tests/test_apart.py", "tests/test_objective.py", "tests/test_step.py",
 ]  # fmt: skip
 _STEP = [
     "tests/test_step.py", "tests/test_step_state.py", "tests/test_skips.py", "tests/test_step_on_device.py",
@@ -47,6 +47,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("checkpoint/store.py", "write", "`disk.begin(pending)` before"): "What was begun is cleared in any case.",
     ("checkpoint/store.py", "load", "`tensors = "): "Neither needs the other; of two damaged files the other is named.",
     ("trainer/step.py", "Step.__call__", "dropped `self._begin(window)`"): "finish() opens the window then.",
+    ("trainer/step.py", "Step.__init__", "`self."): "What one needs of the other raises where it is not there yet.",
+    ("trainer/step.py", "Step.__init__", "dropped `self._trace = "): "Each window has its own, and none is open yet.",
+    ("trainer/step.py", "Step.accumulate", "`untouched = "): "Neither needs the other.",
+    ("trainer/step.py", "Step.accumulate", "`roots, seeds = ([], [])` before"): "Neither needs the other.",
     ("trainer/step.py", "Step.gradient", "`if self.reducer"): "It shows only where one rank of several has raised.",
     ("gradient/open_window.py", "OpenWindow.settle", "`self._weighs_nothing = "): "Neither needs the other.",
     ("gradient/open_window.py", "OpenWindow.held_apart", "dropped `if not"): "Only quicker: the list is empty.",
@@ -61,6 +65,49 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("gradient/open_window.py", "OpenWindow.load_state_dict", "`self.tokens = "): "Neither needs the other.",
     ("gradient/open_window.py", "OpenWindow.load_state_dict", "`self.terms = "): "Neither needs the other.",
     ("gradient/open_window.py", "OpenWindow.load_state_dict", "`self.losses_are_finite = "): "Neither needs the other.",
+    (
+        "gradient/open_window.py",
+        "OpenWindow.leftover",
+        "dropped `if len(",
+    ): "Only quicker: the loop finds the same one.",
+    ("gradient/open_window.py", "OpenWindow.leftover", "dropped `return self.leftover_of"): "Only quicker, as above.",
+    ("gradient/open_window.py", "OpenWindow.leftover", "`together = "): "Only quicker, as above.",
+    ("gradient/open_window.py", "OpenWindow.apart", "dropped `if not"): "Only quicker: the list is empty.",
+    ("gradient/open_window.py", "OpenWindow.apart", "dropped `return []`"): "Only quicker: the list is empty.",
+    ("gradient/open_window.py", "OpenWindow.apart", "`held = "): "Only quicker: the list is empty.",
+    ("gradient/open_window.py", "OpenWindow.seed", "`weight = self._mean_weight("): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow.seed", "`sums = self.terms.get("): "Neither needs the other.",
+    (
+        "gradient/open_window.py",
+        "OpenWindow.seed",
+        "`if type(weight) is float and weight == 0.0: return None` before",
+    ): "What is not added then is 0.",
+    (
+        "gradient/open_window.py",
+        "OpenWindow.seed",
+        "`if self._settings.reduction == 'micro_batches': factor",
+    ): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow.seed", "`value = term.number()` before"): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow.seed", "`sums.values.append("): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow.seed", "`number = factor / "): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow._mean", "`factors = as_floats("): "Neither needs the other.",
+    (
+        "gradient/open_window.py",
+        "OpenWindow._mean_weight",
+        "`known = self._weights.get(",
+    ): "What was found is not used.",
+    ("gradient/open_window.py", "OpenWindow._start", "`means = "): "Neither needs the other.",
+    ("gradient/open_window.py", "OpenWindow._start", "`base = "): "Neither needs the other.",
+    (
+        "gradient/open_window.py",
+        "OpenWindow.weighs_nothing_on",
+        "`zeros = ",
+    ): "What was made is not used: the host knows better.",
+    (
+        "gradient/open_window.py",
+        "OpenWindow.load_state_dict",
+        "`if self.opening is not None",
+    ): "Neither needs the other.",
 }
 
 

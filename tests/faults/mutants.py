@@ -1,7 +1,8 @@
 """Mutants of a file, made by rule.
 
 Rules: drop a statement, swap two neighbours, move a whole number by one, turn a comparison, `and` into `or`, `+` into
-`-`, and take a `not` away. `mutating` runs the tests on them; one that lives shows a line that no test needs.
+`-`, and take a `not` away. `mutating` runs the tests on them; one that lives shows a line that no test needs. Two
+assignments that know nothing of each other are not swapped: the file would do the same.
 """
 
 import ast
@@ -92,7 +93,7 @@ def _changes(node: ast.AST) -> dict[tuple, tuple[str, ast.AST]]:
             for at, one in enumerate(body):
                 if not _is_text(one) and not isinstance(one, ast.FunctionDef | ast.Raise | ast.Delete):
                     found[("drop", name, at)] = (f"dropped `{_short(one)}`", one)
-                if at and not _is_text(body[at - 1]) and not _ends(body[at - 1]):
+                if at and not _ends(body[at - 1]) and not _may_change_places(body[at - 1], one):
                     found[("swap", name, at)] = (f"`{_short(one)}` before `{_short(body[at - 1])}`", one)
     if isinstance(node, ast.Constant) and type(node.value) is int:
         found[("by one",)] = (f"{node.value} became {node.value + 1}", node)
@@ -137,6 +138,32 @@ def _is_text(node: ast.stmt) -> bool:
 
 def _ends(node: ast.stmt) -> bool:
     return isinstance(node, ast.Return | ast.Raise | ast.Continue | ast.Break)
+
+
+def _may_change_places(one: ast.stmt, other: ast.stmt) -> bool:
+    """Whether a swap changes nothing: a text, or two assignments that call nothing and touch other names each."""
+    if _is_text(one) or _is_text(other):
+        return True
+    stored, others = _stored(one), _stored(other)
+    return bool(stored and others) and not (stored & _names(other) or others & _names(one))
+
+
+def _stored(node: ast.stmt) -> set[str]:
+    """The names that a plain assignment gives a value to, attributes by their last name; none of what else it is."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        return set()
+    if any(isinstance(part, ast.Call | ast.Await | ast.Yield | ast.YieldFrom) for part in ast.walk(node)):
+        return set()
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    parts = [part for one in targets for part in (one.elts if isinstance(one, ast.Tuple) else [one])]
+    if not all(isinstance(part, ast.Name | ast.Attribute) for part in parts):
+        return set()  # an item of something that may have a second name
+    return {part.id if isinstance(part, ast.Name) else part.attr for part in parts}
+
+
+def _names(node: ast.AST) -> set[str]:
+    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return names | {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
 
 
 def _short(node: ast.AST) -> str:
