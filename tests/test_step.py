@@ -416,13 +416,21 @@ def test_an_objective_that_raises_leaves_everything_as_it_was(zero_grad: str, no
     assert differing(state_of(model, optimizer), state_of(twin, twin_optimizer)) == []
 
 
-def test_after_an_error_the_open_window_can_only_be_cancelled() -> None:
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_after_an_error_the_open_window_can_only_be_cancelled(where: str) -> None:
+    def stops(gradient: Tensor) -> None:
+        raise RuntimeError("mine")
+
     model = mlp()
     step = Step(model, MSE, torch.optim.SGD(model.parameters(), lr=0.1))
     first, second = cut(rows(6), [4, 2])
     step.accumulate(first)
+    hook = model[0].weight.register_hook(stops) if where == "backward" else None
     with pytest.raises(RuntimeError):
-        step.accumulate((torch.ones(2, 9), torch.ones(2, 2)))
+        step.accumulate(second if hook else (torch.ones(2, 9), torch.ones(2, 2)))
+    if hook is not None:
+        hook.remove()
+    assert not step.is_open
     for go_on in (lambda: step.accumulate(second), step.finish, step.state_dict):
         with pytest.raises(ConfigError, match="micro-batch 2 of this window raised"):
             go_on()

@@ -10,7 +10,7 @@ from reference import differing, state_of
 from torch import Tensor, nn
 
 from trainer import CheckpointError, ConfigError, Step, Sum, supervised
-from trainer.errors import Paused
+from trainer.errors import ObjectiveError, Paused
 from trainer.optim import cosine
 
 
@@ -166,6 +166,16 @@ def test_instruments_are_called_before_each_terms_backward_and_after_each_micro_
     run.step(run.windows[0])
     names = list(sums(run.model, run.windows[0][0]))
     assert called == [one for at in range(3) for one in (*((name, at) for name in names), ("after", at + 1))]
+
+
+def test_no_instrument_is_called_for_a_term_that_depends_on_no_parameter() -> None:
+    model = Net(0)
+    step = Step(model, lambda model, inputs: inputs.square().mean(), torch.optim.SGD(model.parameters(), lr=0.1))
+    called: list[str] = []
+    step.before_backward.append(lambda open_, term, seed: called.append(term.name))
+    with pytest.raises(ObjectiveError, match="without a graph"):
+        step.accumulate(torch.ones(4, 3))
+    assert called == []
 
 
 def test_a_step_that_did_nothing_yet_is_saved_and_loaded() -> None:

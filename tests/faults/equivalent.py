@@ -49,8 +49,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("trainer/step.py", "Step.__call__", "dropped `self._begin(window)`"): "finish() opens the window then.",
     ("trainer/step.py", "Step.__init__", "`self."): "What one needs of the other raises where it is not there yet.",
     ("trainer/step.py", "Step.__init__", "dropped `self._trace = "): "Each window has its own, and none is open yet.",
-    ("trainer/step.py", "Step.accumulate", "`untouched = "): "Neither needs the other.",
-    ("trainer/step.py", "Step.accumulate", "`roots, seeds = ([], [])` before"): "Neither needs the other.",
+    ("trainer/step.py", "Step.__call__", "`for micro_batch in"): "Of an empty window nothing is gone through.",
+    ("trainer/step.py", "Step._begin", "`self.parameters.refresh()` before"): "A torn step raises all the same.",
+    ("trainer/step.py", "Step._step_if", "`report._reason = "): "It is asked later, when both are there.",
     ("trainer/step.py", "Step.gradient", "`if self.reducer"): "It shows only where one rank of several has raised.",
     ("gradient/open_window.py", "OpenWindow.settle", "`self._weighs_nothing = "): "Neither needs the other.",
     ("gradient/open_window.py", "OpenWindow.held_apart", "dropped `if not"): "Only quicker: the list is empty.",
@@ -109,6 +110,33 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "`if self.opening is not None",
     ): "Neither needs the other.",
 }
+
+# Two neighbours of which neither needs the other: the beginning of the second, by file and function.
+_NEITHER = {
+    ("trainer/step.py", "Step.__call__"): ["`done = "],
+    ("trainer/step.py", "Step.accumulate"): [
+        "`untouched = ", "`roots, seeds = ([], [])` before", "`apart = ", "`seeds.append(seed)` before",
+        "`self._trace.",
+    ],
+    ("trainer/step.py", "Step._begin"): ["`self._buffers.", "`self._clipping.", "`self._narrow.", "`self._aside = "],
+    ("trainer/step.py", "Step._finish"): [
+        "`if self.reducer is not None", "`if settings.coefficients",
+        "`gradients = self.parameters.gradients()` before `if s", "`by_norm = ", "`sums = ", "`if self._is_watched: ",
+    ],
+    ("trainer/step.py", "Step._unscale"): ["`apart = ", "`is_one = "],
+    ("trainer/step.py", "Step._step"): ["`self._scale.", "`self.clocks.", "`self.skips_in_a_row = "],
+    ("trainer/step.py", "Step._step_if"): [
+        "`report.", "`self._buffers.", "`put_back(", "`self._scale.", "`self.clocks.", "`self.skips_in_a_row = ",
+    ],
+    ("trainer/step.py", "Step._skip"): [
+        "`put_back(", "`report._lr", "`report._skipped", "`self.clocks.", "`self._scale.", "`self.skips_in_a_row = ",
+    ],
+    ("trainer/step.py", "Step._release"): [
+        "`report._clocks", "`self._buffers.", "`if self.transforms", "`open_.close()` before", "`self._aside = ",
+    ],
+    ("trainer/step.py", "Step.cancel"): ["`self._buffers.", "`self.transforms."],
+}  # fmt: skip
+EQUIVALENT |= {(*of, beginning): "Neither needs the other." for of, all_ in _NEITHER.items() for beginning in all_}
 
 
 def why(file: str, place: str, what: str) -> str | None:
