@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer import ConfigError, Cotangents, DivergedError, ObjectiveError, Step, Sum, supervised
 from trainer.errors import GradientError
+from trainer.gradient.parameters import Trained
 from trainer.optim import Manual, constant, sgd
 
 MSE = supervised(nn.MSELoss())
@@ -654,3 +655,22 @@ def test_what_sums_over_ranks_is_asked_once_when_a_window_opens_and_once_when_it
     called.clear()
     step.gradient()
     assert called == ["open", "close 0"]
+
+
+def test_a_group_that_was_added_is_among_what_a_window_opens_with() -> None:
+    class Notes:
+        def open(self, drawn: object, expected: object, parameters: Trained) -> None:
+            opened_with.append(list(parameters.by_name))
+
+    opened_with: list[list[str]] = []
+    model = mlp()
+    first, *others = model.parameters()
+    optimizer = torch.optim.SGD([first], lr=0.1)
+    step = Step(model, MSE, optimizer)
+    step.reducer = Notes()
+    step.accumulate(rows(4))
+    step.cancel()
+    optimizer.add_param_group({"params": others})
+    step.accumulate(rows(4))
+    names = [name for name, _ in model.named_parameters()]
+    assert opened_with == [names[:1], names]
