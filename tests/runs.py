@@ -150,8 +150,8 @@ def forged(path: Path, files: dict[str, bytes], names: dict[str, str] | None = N
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times."""
-    text = (folder / "metrics.jsonl").read_text()
+    """metrics.jsonl without times, and without the name of the run's folder."""
+    text = (folder / "metrics.jsonl").read_text().replace(str(folder), "RUN")
     return [{name: v for name, v in json.loads(line).items() if name != "seconds"} for line in text.splitlines()]
 
 

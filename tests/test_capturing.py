@@ -390,3 +390,17 @@ def test_the_metrics_tell_it_too(tmp_path: Path) -> None:
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines if line["event"] == "found"] == said
+
+
+def test_a_run_that_comes_to_a_window_once_more_catches_it_once(tmp_path: Path) -> None:
+    whole, texts = run(tmp_path / "whole")
+    whole.fit()
+    names = [path.name for path in captured(tmp_path / "whole")]
+    assert len(names) == 2  # once an epoch
+    first, _ = run(tmp_path / "cut", checkpoint_every=1, checkpoint_clock="windows", checkpoint_keep_last=None)
+    first.fit()
+    (old,) = [path for path in (tmp_path / "cut" / "checkpoints").iterdir() if path.name == "step-000001"]
+    again, said = run(tmp_path / "cut")
+    again.fit(resume=old)
+    assert [path.name for path in captured(tmp_path / "cut")] == names
+    assert [text.replace("/cut/", "/whole/") for text in said] == texts

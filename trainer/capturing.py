@@ -2,6 +2,7 @@
 the one that was asked for. While all is well it costs nothing; where it fails, the run goes on and a sentence says why.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,12 @@ class Capturing:
         most, rank = self._settings.capture_most, self._step.ranks.rank
         name = f"window-{number:06d}{f'-rank-{rank}' if rank else ''}"
         try:
-            there = sum(("-rank-" in path.name) == bool(rank) for path in captured(self._run))
+            there = sum(("-rank-" in one.name) == bool(rank) and _number(one) < number for one in captured(self._run))
             if there >= most:
                 return
-            path = folder.unused_in(self._run / folder.CAPTURED, name)
+            path = self._run / folder.CAPTURED / name
+            if path.exists():
+                shutil.rmtree(path)  # by this run, before it was stopped and came to this window once more
             self._take(path, str(why), loss_scale)
         except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
             if (what := type(error).__name__) not in self._said:
@@ -115,3 +118,9 @@ class Capturing:
         if made.size > allowed * (1 << 20):
             raise CheckpointError(f"it takes {in_mib(made.size)}, and diagnose.capture_mib allows {allowed:g}.")
         made.save(path)
+
+
+def _number(captured: Path) -> int:
+    """The window's, by the folder's name."""
+    number = captured.name.split("-")[1]
+    return int(number) if number.isdecimal() else 0

@@ -1,6 +1,7 @@
 """Processes that load data: killed, hung, out of memory, gone, raising. A clear error, no orphan, and the run goes on
 bit for bit."""
 
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -46,6 +47,7 @@ class Breaks(Items):
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif self.how == "crashed":
+                faulthandler.disable()  # pytest's would fill the page with this worker's stack
                 os.abort()
             elif self.how == "gone":
                 os._exit(3)

@@ -20,6 +20,8 @@ def audit(lab: Lab, parameters: Mapping[str, Tensor]) -> list[str]:
         parameters: those of the optimizers by name, also where they require no gradient.
     """
     said = wiring(lab.model, parameters)
+    if not lab.own:
+        return said  # a rank that has no micro-batch in this window
     with lab.from_the_start():
         forward = Forward(lab.model, lab.objective, copied(lab.own[0]), parameters)
         losses = Losses(forward.micro_batch, closely=True)
