@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.diagnose.instrument import Instrument
+from trainer.gradient.report import Report
+
 AGAINST = -0.5
 """A cosine below this is a conflict."""
 IN_A_ROW = 3
@@ -113,3 +116,49 @@ class Conflicts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.in_a_row = {(one, other): count for one, other, count in state["in_a_row"]}
         self.said = {(one, other) for one, other in state["said"]}
+
+
+class Comparing(Instrument):
+    """What the instruments share that compare the gradients of a window's parts, every so many windows.
+
+    Args:
+        step: whose windows are looked at.
+        every: one of so many windows is measured, and the first.
+        what: is compared, in words and for the tags: `terms`, `sources`.
+        setting: which asks for it.
+        advice: for two that pull against each other.
+
+    Attributes:
+        latest: what was measured last.
+    """
+
+    def __init__(self, step: Any, every: int, what: str, setting: str, advice: str) -> None:
+        self.latest: Compared | None = None
+        self._step = step
+        self._every = every
+        self._what = what
+        self._setting = setting
+        self._shown: Compared | None = None
+        self._sentences: list[str] = []
+        self._conflicts = Conflicts(what, advice)
+
+    def notes(self) -> list[str]:
+        if self._step.ranks.world_size == 1:
+            return []
+        return [f"{self._setting} looks at each rank's own rows: what is shown is of rank 0's."]
+
+    def look(self, parameters: Mapping[str, Tensor], report: Report) -> list[str]:
+        if self.latest is not None and self.latest is not self._shown:
+            self._shown = self.latest
+            report.measured.update(self.latest.scalars(self._what))
+        said, self._sentences = self._sentences, []
+        return said
+
+    def words(self) -> list[str]:
+        return self._conflicts.words()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._conflicts.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._conflicts.load_state_dict(state)

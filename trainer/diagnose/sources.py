@@ -8,12 +8,11 @@ from torch import Tensor
 
 from trainer import rng
 from trainer.data.rows import rows_at
-from trainer.diagnose.compared import Compared, Conflicts, compare
-from trainer.diagnose.instrument import Instrument
+from trainer.diagnose.compared import Comparing, compare
 from trainer.errors import ConfigError
 from trainer.gradient.objective import terms_of
 from trainer.gradient.open_window import OpenWindow
-from trainer.gradient.report import Number, Report
+from trainer.gradient.report import Number
 from trainer.gradient.skips import KeptBuffers
 from trainer.gradient.weights import host_number
 
@@ -26,7 +25,7 @@ NameSources = Callable[[Any], Any]
 """The source of a micro-batch: a name or a number for all its rows, or a sequence (a tensor, a list) for each."""
 
 
-class SourceGradients(Instrument):
+class SourceGradients(Comparing):
     """Measures every so many windows, when their last backward is done; hangs itself into the step.
 
     It costs, in a window that is measured, another forward and backward of its rows, source by source, and the memory
@@ -48,40 +47,17 @@ class SourceGradients(Instrument):
     tags = ("sources/",)
 
     def __init__(self, step: Any, every: int, sources: NameSources | None = None) -> None:
-        self.latest: Compared | None = None
-        self._step = step
-        self._every = every
-        self._sources = sources
-        self._shown: Compared | None = None
-        self._sentences: list[str] = []
-        self._has_failed = False
-        self._conflicts = Conflicts(
+        super().__init__(
+            step,
+            every,
             "sources",
+            "diagnose.source_gradients",
             "what a step gains on one it loses on the other. Near a minimum of their sum that is how it must be; well "
             "before it, mix them otherwise, or tell the model which one it sees",
         )
+        self._sources = sources
+        self._has_failed = False
         step.after_backward.append(self)
-
-    def notes(self) -> list[str]:
-        if self._step.ranks.world_size == 1:
-            return []
-        return ["diagnose.source_gradients looks at each rank's own rows: what is shown is of rank 0's."]
-
-    def look(self, parameters: Mapping[str, Tensor], report: Report) -> list[str]:
-        if self.latest is not None and self.latest is not self._shown:
-            self._shown = self.latest
-            report.measured.update(self.latest.scalars("sources"))
-        said, self._sentences = self._sentences, []
-        return said
-
-    def words(self) -> list[str]:
-        return self._conflicts.words()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._conflicts.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._conflicts.load_state_dict(state)
 
     def __call__(self, window: OpenWindow, roots: list[Tensor]) -> None:
         count, drawn = self._step.clocks.windows, window.drawn

@@ -1,23 +1,20 @@
 """The gradient of each named term of an objective: how large it is, and which terms pull against each other."""
 
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer import rng
-from trainer.diagnose.compared import Compared, Conflicts, compare
-from trainer.diagnose.instrument import Instrument
+from trainer.diagnose.compared import Comparing, compare
 from trainer.errors import ConfigError
 from trainer.gradient.objective import MEAN, Supervised, Term, who
 from trainer.gradient.open_window import OpenWindow
-from trainer.gradient.report import Report
 from trainer.gradient.weights import host_number
 
 
-class TermGradients(Instrument):
+class TermGradients(Comparing):
     """Measures every so many windows; hangs itself into the step.
 
     It costs, in a window that is measured, a backward for each term (and, under activation checkpointing, a recompute
@@ -40,43 +37,20 @@ class TermGradients(Instrument):
     def __init__(self, step: Any, every: int) -> None:
         if isinstance(step.objective, Supervised):
             raise _nameless(step.objective)
-        self.latest: Compared | None = None
-        self._step = step
-        self._clocks = step.clocks
-        self._every = every
-        self._window: weakref.ref[OpenWindow] | None = None
-        self._held: dict[str, list[Tensor | None]] = {}
-        self._failed: str | None = None
-        self._sentences: list[str] = []
-        self._shown: Compared | None = None
-        self._conflicts = Conflicts(
+        super().__init__(
+            step,
+            every,
             "terms",
+            "diagnose.term_gradients",
             "what a step gains on one it loses on the other. Near a minimum of their sum that is how it must be; well "
             "before it, weigh them anew (gradient.coefficients)",
         )
+        self._clocks = step.clocks
+        self._window: weakref.ref[OpenWindow] | None = None
+        self._held: dict[str, list[Tensor | None]] = {}
+        self._failed: str | None = None
         step.before_backward.append(self._before)
         step.after_backward.append(self._after)
-
-    def notes(self) -> list[str]:
-        if self._step.ranks.world_size == 1:
-            return []
-        return ["diagnose.term_gradients looks at each rank's own rows: what is shown is of rank 0's."]
-
-    def look(self, parameters: Mapping[str, Tensor], report: Report) -> list[str]:
-        if self.latest is not None and self.latest is not self._shown:
-            self._shown = self.latest
-            report.measured.update(self.latest.scalars("terms"))
-        said, self._sentences = self._sentences, []
-        return said
-
-    def words(self) -> list[str]:
-        return self._conflicts.words()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._conflicts.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._conflicts.load_state_dict(state)
 
     def _before(self, window: OpenWindow, term: Term, seed: Tensor) -> None:
         """A term's backward is about to run: run it once by itself, into a list of our own."""
